@@ -134,6 +134,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def _init_weights(self, generator: torch.Generator) -> None:
+        if self.wte.weight.is_meta:  # an empty shell that a checkpoint is about to fill
+            return
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 p.zero_()

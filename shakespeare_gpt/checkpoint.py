@@ -1,0 +1,142 @@
+"""Weights and training state on disk: written whole or not at all, read without unpickling code.
+
+A ``.pt`` checkpoint is a dict of tensors and plain values, read with ``weights_only=True``. The weights
+alone go to ``.safetensors`` (see ``export``); ``load_model`` reads both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shakespeare_gpt.model import GPT, GPTConfig
+
+FORMAT = "shakespeare-gpt-1"
+# The transformers library and OpenAI keep these four matrices as (in, out): the transpose of nn.Linear's.
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+PREFIX = "transformer."  # what transformers puts before each of OpenAI's names
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read or written; the message is one line that says what to do."""
+
+
+def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
+    """Write a dict of tensors and plain values to ``path``, atomically.
+
+    The new file takes the old one's place only once it is complete on the disk: a crash, a kill or a full
+    disk leaves the old checkpoint as it was and nothing half-written. Raises CheckpointError.
+    """
+    path = Path(path)
+    name = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(
+            f"The checkpoint {path} could not be written ({reason}): free some disk space. "
+            "An earlier checkpoint of that name is untouched."
+        ) from None
+    finally:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
+    return path
+
+
+def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read what ``save_checkpoint`` wrote. Raises CheckpointError for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"There is no checkpoint {path}: train first (notebook 03).")
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a file that is not a checkpoint
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}): delete it and train again."
+        ) from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is a checkpoint of another program: name one of this project's.")
+    return state
+
+
+def to_openai(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our weights under transformers' names and in OpenAI's (in, out) layout; for the way back, see below."""
+    return {
+        PREFIX + name: (w.T if name.endswith(TRANSPOSED) else w).contiguous() for name, w in state.items()
+    }
+
+
+def from_openai(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of ``to_openai``; the tied ``lm_head.weight`` and buffers of old files are left out."""
+    result = {}
+    for name, w in state.items():
+        name = name.removeprefix(PREFIX)
+        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        result[name] = (w.T if name.endswith(TRANSPOSED) else w).contiguous()
+    return result
+
+
+def load_model(path: str | os.PathLike, device: Any = "cpu") -> tuple[GPT, dict[str, Any]]:
+    """Read a model, in evaluation mode and fp32, and what is known about it, from ``.pt`` or ``.safetensors``.
+
+    Raises CheckpointError if the file is missing, damaged, or not a model of this project: there are no
+    random weights to fall back on.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        weights, config, meta = _read_safetensors(path)
+    else:
+        state = load_checkpoint(path)
+        weights, config, meta = state["model"], state["config"], state["meta"]
+    try:
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**config), generator=torch.Generator("cpu"))
+        model.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} holds no GPT of this project ({str(error).splitlines()[0]}): export it again."
+        ) from None
+    return model.to(device).eval(), meta
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"There are no weights at {path}: export them first (notebook 05).")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config, meta = json.loads(header["config"]), json.loads(header["meta"])
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): export it again.") from None
+    except (KeyError, ValueError):
+        raise CheckpointError(
+            f"{path} lacks this project's metadata: export it again with shakespeare_gpt.export."
+        ) from None
+    return from_openai(weights), config, meta
+
+
+def safetensors_header(config: GPTConfig, meta: dict[str, Any]) -> dict[str, str]:
+    """The metadata that ``load_model`` looks for: safetensors holds strings only, so each value is JSON."""
+    return {"format": "pt", "config": json.dumps(asdict(config)), "meta": json.dumps(meta)}
+
+
+def latest_checkpoint(folder: str | os.PathLike = "checkpoints", pattern: str = "*.pt") -> Path | None:
+    """The newest checkpoint of a folder, None where there is none."""
+    found = [p for p in Path(folder).glob(pattern) if not p.name.startswith(".")]
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)

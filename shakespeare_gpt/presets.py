@@ -1,0 +1,101 @@
+"""The named settings: which model learns which text, and how."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from shakespeare_gpt.data import Text, TextError, load_text
+from shakespeare_gpt.model import GPTConfig
+from shakespeare_gpt.train import TrainConfig
+
+PRESET_VARIABLE = "SHAKESPEARE_GPT_PRESET"
+TEXT_VARIABLE = "SHAKESPEARE_GPT_TEXT"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model, a text and a recipe under one name."""
+
+    name: str
+    about: str
+    model: GPTConfig
+    train: TrainConfig
+    text: str = "input"
+    max_tokens: int | None = None
+
+    def load_text(self, source: str | None = None) -> Text:
+        """The preset's text, or ``source``, or what SHAKESPEARE_GPT_TEXT names.
+
+        Where Tiny Shakespeare cannot be downloaded, says so and takes ``input.txt`` instead. Raises
+        TextError for a text of the user's own that cannot be used.
+        """
+        chosen = source or os.environ.get(TEXT_VARIABLE) or self.text
+        limit = self.max_tokens if chosen == self.text else None
+        try:
+            return load_text(chosen, context=self.model.n_positions, max_tokens=limit)
+        except TextError as error:
+            if chosen != "tinyshakespeare" or source or os.environ.get(TEXT_VARIABLE):
+                raise
+            print(f"{error}\nUsing input.txt, the play in this repository, instead.")
+            return load_text("input", context=self.model.n_positions)
+
+
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="smoke",
+            about="every part in seconds: for tests",
+            model=GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32),
+            train=TrainConfig(batch_size=4, passes=40, min_steps=60, max_passes=400, warmup_steps=5, adam_lr=1e-2),
+            max_tokens=600,
+        ),
+        Preset(
+            name="mini",
+            about="16M parameters learn input.txt in minutes on two CPU cores",
+            model=GPTConfig(n_layer=4, n_head=4, n_embd=256),
+            train=TrainConfig(batch_size=4, passes=10),
+        ),
+        Preset(
+            name="gpt2",
+            about="GPT-2 small, 124M parameters, learns Tiny Shakespeare",
+            model=GPTConfig(),
+            train=TrainConfig(batch_size=8, passes=8),
+            text="tinyshakespeare",
+        ),
+        Preset(
+            name="seed",
+            about="the baseline: the same model trained as the assignment's published run was",
+            model=GPTConfig(),
+            train=TrainConfig(
+                batch_size=8,
+                optimizer="adamw",
+                adam_lr=1e-4,
+                beta2=0.999,
+                warmup_steps=0,
+                final_lr=1.0,
+                grad_clip=0.0,
+                windows="sequential",
+                precision="fp32",
+                compile=False,
+                stop_on="batch",
+                max_passes=60,
+            ),
+            text="tinyshakespeare",
+        ),
+    )
+}
+
+
+def get_preset(name: str | None = None) -> Preset:
+    """A preset by name; without one SHAKESPEARE_GPT_PRESET, else ``gpt2`` on a GPU and ``mini`` on a CPU.
+
+    Raises ValueError for a name that is none, listing those that are.
+    """
+    name = name or os.environ.get(PRESET_VARIABLE) or ("gpt2" if torch.cuda.is_available() else "mini")
+    if name not in PRESETS:
+        raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

@@ -1,0 +1,81 @@
+"""GPT-2's tokenizer: text to token ids and back, without any download.
+
+``tiktoken.get_encoding("gpt2")`` fetches its vocabulary on first use, which fails on a closed network. The
+same vocabulary lies beside this file as ``gpt2.tiktoken`` (source and licence in ``gpt2.tiktoken.LICENSE``),
+and tiktoken's own classes read it, so the encoding is the same, token for token.
+
+The method is byte-pair encoding over UTF-8 bytes (Sennrich et al., 2016; Radford et al., 2019): the text is
+first cut into words by a pattern, then the two neighbours with the lowest rank in the vocabulary are merged,
+again and again. Any text can be encoded, and decoding gives it back exactly.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import tiktoken
+
+VOCAB_FILE = Path(__file__).with_name("gpt2.tiktoken")
+END_OF_TEXT = 50256  # the one token that stands for no bytes: the end of a document
+VOCAB_SIZE = 50257
+
+# How GPT-2 cuts a text into words before any merging: contractions, letters, digits and other signs each
+# with the one space before them, and runs of white space.
+WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+@functools.cache
+def get_encoding() -> tiktoken.Encoding:
+    """The ``gpt2`` encoding: 50,256 byte sequences by rank and ``<|endoftext|>``."""
+    lines = VOCAB_FILE.read_bytes().splitlines()  # each line: the bytes in base64, a space, the rank
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+    return tiktoken.Encoding(
+        name="gpt2",
+        pat_str=WORD_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": END_OF_TEXT},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def encode(text: str) -> list[int]:
+    """The token ids of a text.
+
+    ``<|endoftext|>`` inside a text is thirteen ordinary characters here, never the special token: what a
+    reader types must not be able to forge a control sign. Half of a surrogate pair, which UTF-8 cannot hold,
+    becomes U+FFFD.
+    """
+    return get_encoding().encode_ordinary(text)
+
+
+def decode(ids: Iterable[int]) -> str:
+    """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+    return get_encoding().decode(list(ids), errors="replace")
+
+
+def token_bytes(token: int) -> bytes:
+    """The bytes of one token: often a word with its space, sometimes a part of one character."""
+    return get_encoding().decode_single_token_bytes(token)
+
+
+class StreamDecoder:
+    """Tokens in, text out, one at a time, and never half a character.
+
+    A token can end in the middle of a UTF-8 character (an emoji takes several tokens). Such bytes wait
+    until the rest has come.
+    """
+
+    def __init__(self):
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        """The characters that this token completes, perhaps none."""
+        return self._decoder.decode(token_bytes(token))
+
+    def flush(self) -> str:
+        """What is left at the end: nothing, or U+FFFD for a character that was never completed."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,676 @@
+"""The training loop: windows of a text in, weights that know the text by heart out.
+
+``train`` is a generator that yields a ``Step`` after every update, so that a notebook can draw, a test can
+count and the command line can print, and none of that stands in the loop. The run stops when the mean loss
+over the *whole text* is under the target; one batch under it is luck, and is only noted.
+
+From a shell: ``python -m shakespeare_gpt.train --help``. With several GPUs:
+``torchrun --nproc-per-node 2 -m shakespeare_gpt.train``; the loop is the same.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shakespeare_gpt.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from shakespeare_gpt.data import windows
+from shakespeare_gpt.model import GPT
+
+TARGET = 0.099999  # nats per token
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are the recipe that notebook 03 explains."""
+
+    batch_size: int = 8  # windows in a step, over all GPUs together
+    passes: float = 8.0  # times through the text until the rates have come down
+    max_passes: float = 40.0  # where to give up
+    min_steps: int = 150  # a short text needs more passes: the schedule has at least so many steps
+    optimizer: str = "muon"  # "muon": Muon for the layers' matrices, AdamW for the rest; or "adamw"
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3
+    beta2: float = 0.95
+    warmup_steps: int = 30
+    final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
+    grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping
+    windows: str = "fixed"  # "fixed" in random order, "shifted" anew at each pass, "sequential"
+    precision: str = "auto"  # "auto", "bf16", "fp16" or "fp32"
+    compile: bool | None = None  # None: where it pays
+    stop_on: str = "text"  # "text": mean of the whole text under the target; "batch": any one batch
+    target: float = TARGET
+    seed: int = 0
+
+    def __post_init__(self):
+        choices = {
+            "optimizer": ("muon", "adamw"),
+            "windows": ("fixed", "shifted", "sequential"),
+            "precision": ("auto", "bf16", "fp16", "fp32"),
+            "stop_on": ("text", "batch"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        for name in ("batch_size", "passes", "max_passes", "muon_lr", "adam_lr", "target"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+
+
+@dataclass
+class History:
+    """The run so far, kept in the checkpoint so that a resumed run draws the whole curve."""
+
+    losses: list[float] = field(default_factory=list)  # of each step's batch, before its update; nats
+    text: list[tuple[int, float]] = field(default_factory=list)  # (step, mean over the whole text)
+    first_batch: int | None = None  # the first step whose batch was under the target
+    tokens: int = 0
+    seconds: float = 0.0  # training, evaluation and compilation, over all sessions of the run
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update did. Losses are in nats per token."""
+
+    step: int
+    loss: float
+    best: float  # the lowest batch loss so far
+    lr: float  # of Muon, or of AdamW where that is alone
+    tokens_per_second: float  # over about the last ten steps
+    seconds_left: float  # until the schedule's end, by the present speed
+    progress: float  # 0 at ln V, 1 at the target, on a logarithmic scale
+    text_loss: float | None  # the whole text's mean, at the steps where it was measured
+    done: bool
+    history: History
+    message: str = ""  # set at the last step, and where something worth saying happened
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message is one line that says why and what to do."""
+
+
+def train(
+    model: GPT,
+    ids: Tensor,
+    config: TrainConfig,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+    meta: dict[str, Any] | None = None,
+    device: Any = None,
+    save_every: float = 300.0,
+) -> Iterator[Step]:
+    """Train ``model`` on a text's ids (n,) until it knows them by heart; yield a Step after each update.
+
+    With ``checkpoint`` (a path) the run's whole state is saved there every ``save_every`` seconds, when it
+    is interrupted and at its end, and a run that finds its own file goes on from it: the numbers are those
+    of a run never interrupted. Ctrl-C, a notebook's stop button and SIGTERM wait for the step in hand and
+    then raise KeyboardInterrupt. ``meta`` is stored beside the weights.
+
+    Raises TrainingError when the loss is no longer a number or explodes, or when ``max_passes`` did not
+    suffice; CheckpointError for a checkpoint of another run.
+    """
+    run = _Run(model, ids, config, checkpoint, meta or {}, device)
+    finished = run.resume()
+    if finished is not None:
+        yield finished
+        return
+    with _interruptible() as interrupted, run.ready():
+        saved, clean = time.monotonic(), False
+        try:
+            while True:
+                step = run.advance()
+                if interrupted() and not step.done:
+                    raise KeyboardInterrupt("training was interrupted; run it again to go on")
+                if step.done:
+                    run.save(finished=True)
+                    saved = time.monotonic()
+                elif time.monotonic() - saved > save_every:
+                    run.save()
+                    saved = time.monotonic()
+                clean = step.done
+                yield step
+                if step.done:
+                    return
+                if interrupted():
+                    raise KeyboardInterrupt("training was interrupted; run it again to go on")
+        finally:
+            if not clean:
+                run.save()
+
+
+class _Run:
+    """The state of one run, and the one step that moves it on."""
+
+    def __init__(self, model, ids, config, checkpoint, meta, device):
+        self.config, self.meta = config, meta
+        self.checkpoint = Path(checkpoint) if checkpoint is not None else None
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        if config.batch_size % self.world:
+            raise TrainingError(
+                f"A batch of {config.batch_size} cannot be shared by {self.world} processes: "
+                "choose a multiple."
+            )
+        self.device = torch.device(device) if device is not None else default_device()
+        self.model = model.to(self.device).train()
+        self.ids = ids.to(self.device)
+        self.context = model.config.n_positions
+        self.order = WindowOrder(len(ids), self.context, config.windows, config.seed)
+        # A text of five windows cannot fill a batch of eight.
+        self.batch_size = max(self.world, min(config.batch_size, self.order.count) // self.world * self.world)
+        self.steps_per_pass = self.order.count / self.batch_size
+        self.schedule_steps = max(config.min_steps, math.ceil(config.passes * self.steps_per_pass))
+        self.max_steps = max(
+            self.schedule_steps, 4 * config.min_steps, math.ceil(config.max_passes * self.steps_per_pass)
+        )
+        self.history = History()
+        self.step = 0
+        self.last_evaluation = (0, 1.25)  # (step, how far the batches' mean lies above the text's)
+        self.speed: list[float] = []
+        self.optimizers = make_optimizers(model, config)
+        self.precision = None
+
+    # --- one step -----------------------------------------------------------------------------------
+
+    def advance(self) -> Step:
+        began = time.perf_counter()
+        config, step = self.config, self.step
+        lr = learning_rate(step, self.schedule_steps, config)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr
+        share = self.batch_size // self.world
+        starts = self.order.batch(step, self.batch_size)[self.rank * share : (self.rank + 1) * share]
+        index = (starts.to(self.device)[:, None] + self.offsets) % len(self.ids)
+        tokens = self.ids[index]  # (B, T + 1)
+        with self.autocast():
+            loss = self.forward(tokens[:, :-1], tokens[:, 1:])
+        self.scaler.scale(loss).backward()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or float("inf"))
+        if self.world > 1:
+            dist.all_reduce(loss.detach(), op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
+        loss_value, norm_value = torch.stack((loss.detach(), norm)).tolist()
+        if self.world > 1 and self.device.type != "cuda":
+            loss_value /= self.world
+        self._check(loss_value, norm_value)  # before the update, so that the weights stay good
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        self.model.zero_grad(set_to_none=True)
+
+        history = self.history
+        self.step = step + 1
+        history.losses.append(loss_value)
+        history.tokens += self.batch_size * self.context
+        if history.first_batch is None and loss_value < config.target:
+            history.first_batch = self.step
+        self.speed = [*self.speed[-9:], time.perf_counter() - began]
+        text_loss = self._evaluate_if_near()
+        history.seconds += time.perf_counter() - began
+        return self._report(loss_value, lr, text_loss)
+
+    def _report(self, loss: float, lr: float, text_loss: float | None) -> Step:
+        config, history = self.config, self.history
+        reached = text_loss is not None and text_loss < config.target
+        if config.stop_on == "batch":
+            reached = history.first_batch is not None
+        message = ""
+        if reached:
+            message = f"Target loss {config.target:g} reached at step {self.step}"
+        elif self.step >= self.max_steps:
+            raise TrainingError(
+                f"The target was not reached in {self.step} steps (last batch {loss:.4f}): "
+                "train longer (--max-passes), or lower the rates (--muon-lr, --adam-lr)."
+            )
+        per_step = sum(self.speed) / max(1, len(self.speed))
+        top, bottom = math.log(math.log(self.model.config.vocab_size)), math.log(config.target)
+        recent = text_loss or self._recent()
+        return Step(
+            step=self.step,
+            loss=loss,
+            best=min(history.losses),
+            lr=lr * (config.muon_lr if config.optimizer == "muon" else config.adam_lr),
+            tokens_per_second=self.batch_size * self.context / per_step if per_step else 0.0,
+            seconds_left=0.0 if reached else per_step * max(1, self.schedule_steps - self.step),
+            progress=1.0
+            if reached
+            else min(0.999, max(0.0, (top - math.log(max(recent, 1e-9))) / (top - bottom))),
+            text_loss=text_loss,
+            done=reached,
+            history=history,
+            message=message,
+        )
+
+    def _recent(self) -> float:
+        """The mean of the batches of the last quarter of a pass: what the text's mean will be about."""
+        n = max(1, round(self.steps_per_pass / 4))
+        tail = self.history.losses[-n:]
+        return sum(tail) / len(tail)
+
+    def _evaluate_if_near(self) -> float | None:
+        """Measure the whole text where the batches say that it may be under the target.
+
+        A measurement costs a third of a pass, so it waits until the batches' mean, corrected by how far it
+        was off the last time, is under the target; and at the schedule's end it is made anyway.
+        """
+        config = self.config
+        if config.stop_on != "text":
+            return None
+        last, ratio = self.last_evaluation
+        since = self.step - last
+        near = self._recent() < config.target * ratio and since >= max(1, self.steps_per_pass / 8)
+        late = self.step >= self.schedule_steps and (self.step - self.schedule_steps) % max(
+            1, round(self.steps_per_pass)
+        ) == 0
+        if not near and not late:
+            return None
+        value = evaluate(self.model, self.ids, precision=self.precision, share=(self.rank, self.world))
+        if value < config.target and self.precision != "fp32":
+            # What the run reports is the full-precision value.
+            value = evaluate(self.model, self.ids, precision="fp32", share=(self.rank, self.world))
+        self.last_evaluation = (self.step, min(1.25, max(0.8, self._recent() / value)))
+        self.history.text.append((self.step, value))
+        return value
+
+    def _check(self, loss: float, norm: float) -> None:
+        limit = 3 * math.log(self.model.config.vocab_size)
+        healthy = math.isfinite(loss) and loss < limit
+        if self.scaler.is_enabled():  # fp16 steps that overflow are skipped by the scaler, up to a point
+            healthy = healthy and self.scaler.get_scale() > 1e-4
+        else:
+            healthy = healthy and math.isfinite(norm)
+        if not healthy:
+            where = f"; the weights before it are saved in {self.checkpoint}" if self.checkpoint else ""
+            raise TrainingError(
+                f"The loss exploded at step {self.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g})"
+                f"{where}: lower the rates (--muon-lr, --adam-lr) or clip harder."
+            )
+
+    # --- before and after ---------------------------------------------------------------------------
+
+    @contextmanager
+    def ready(self):
+        """Everything that a step needs: precision, scaler, compiled blocks, several processes."""
+        config = self.config
+        began = time.perf_counter()
+        if self.precision is None:
+            self.precision = (
+                config.precision if config.precision != "auto" else best_precision(self.device)[0]
+            )
+        self.offsets = torch.arange(self.context + 1, device=self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        if self._scaler_state:
+            self.scaler.load_state_dict(self._scaler_state)
+        self.forward = self.model
+        if self.world > 1:
+            local = [self.device.index] if self.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(self.model, device_ids=local)
+        compiled = config.compile if config.compile is not None else self.device.type == "cuda"
+        if compiled:
+            compile_blocks(self.model, self.context, self.batch_size // self.world, self.autocast)
+        self.history.seconds += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            for block in self.model.h:
+                block._compiled_call_impl = None  # sampling feeds other shapes: back to the plain layers
+            self.model.eval()
+
+    def autocast(self):
+        return autocast(self.device, self.precision)
+
+    _scaler_state: dict | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree for one run to go on where another stopped."""
+        fixed = {k: v for k, v in asdict(self.config).items() if k not in ("compile", "max_passes")}
+        return {"train": fixed, "tokens": len(self.ids), "checksum": int((self.ids * (torch.arange(
+            len(self.ids), device=self.device) % 9973 + 1)).sum())}
+
+    def save(self, finished: bool = False) -> None:
+        if self.checkpoint is None or self.rank != 0:
+            return
+        history = self.history
+        text = history.text[-1][1] if history.text else None
+        state = {
+            "model": self.model.state_dict(),
+            "config": asdict(self.model.config),
+            "step": self.step,
+            "history": asdict(history),
+            "identity": self.identity(),
+            "precision": self.precision,
+            "finished": finished,
+            "meta": {
+                **self.meta,
+                "steps": self.step,
+                "tokens": history.tokens,
+                "passes": round(history.tokens / len(self.ids), 3),
+                "loss": text,
+                "target": self.config.target,
+                "first_batch_step": history.first_batch,
+                "parameters": self.model.num_parameters(),
+                "seed": self.config.seed,
+                "precision": self.precision,
+                "device": device_name(self.device),
+                "seconds": round(history.seconds, 1),
+                "finished": finished,
+            },
+        }
+        if not finished:  # a finished run needs its optimisers no more; they are most of the file
+            state["optimizers"] = [o.state_dict() for o in self.optimizers]
+            state["scaler"] = self.scaler.state_dict()
+            state["last_evaluation"] = list(self.last_evaluation)
+        save_checkpoint(self.checkpoint, state)
+
+    def resume(self) -> Step | None:
+        """Take up the checkpoint, if there is one; the last Step of a run that is already finished."""
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return None
+        state = load_checkpoint(self.checkpoint)
+        if state.get("identity") != self.identity() or state["config"] != asdict(self.model.config):
+            raise CheckpointError(
+                f"{self.checkpoint} belongs to a run with other settings or another text: "
+                "delete it to start over (--restart), or save elsewhere (--checkpoint)."
+            )
+        self.model.load_state_dict(state["model"])
+        self.history = History(**state["history"])
+        self.history.text = [tuple(t) for t in self.history.text]
+        self.step, self.precision = state["step"], state["precision"]
+        if state["finished"]:
+            self.model.eval()
+            value = self.history.text[-1][1] if self.history.text else None
+            step = self._report(self.history.losses[-1], self.config.final_lr, value)
+            return step
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self._scaler_state = state["scaler"]
+        self.last_evaluation = tuple(state["last_evaluation"])
+        return None
+
+
+# --- the parts of the recipe ------------------------------------------------------------------------
+
+
+def learning_rate(step: int, total: int, config: TrainConfig) -> float:
+    """The share of the peak rate at ``step`` (from 0): a linear rise, then a line down to ``final_lr``.
+
+    After ``total`` steps it stays at ``final_lr``. Memorising wants the decay: at a constant rate the loss
+    of a batch plateaus where each step unlearns as much as it learns.
+    """
+    warmup = min(config.warmup_steps, total // 4)
+    if step < warmup:
+        return (step + 1) / warmup
+    left = max(0.0, (total - step) / max(1, total - warmup))
+    return config.final_lr + (1.0 - config.final_lr) * left
+
+
+class WindowOrder:
+    """Which windows stand in which batch, as a function of the step alone, so that resuming is exact.
+
+    The windows of each pass come in an order of their own, drawn from (seed, pass). Passes follow each
+    other without a gap: a batch may hold the end of one and the beginning of the next.
+    """
+
+    def __init__(self, tokens: int, context: int, kind: str, seed: int):
+        self.tokens, self.context, self.kind, self.seed = tokens, context, kind, seed
+        self.starts = windows(torch.arange(tokens), context)[0]
+        if kind == "shifted":
+            # The text is read as a ring, cut at another place in every pass.
+            self.starts = torch.arange(tokens // context) * context
+        self.count = len(self.starts)
+        self._passes: dict[int, Tensor] = {}
+
+    def _pass(self, number: int) -> Tensor:
+        if number not in self._passes:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+            starts = self.starts
+            if self.kind != "sequential":
+                starts = starts[torch.randperm(self.count, generator=generator)]
+            if self.kind == "shifted":
+                starts = starts + torch.randint(self.tokens, (1,), generator=generator)
+            self._passes = {number - 1: self._passes.get(number - 1), number: starts}
+        return self._passes[number]
+
+    def batch(self, step: int, size: int) -> Tensor:
+        """The starts of the windows of a step (from 0), (size,)."""
+        places = range(step * size, (step + 1) * size)
+        return torch.stack([self._pass(p // self.count)[p % self.count] for p in places])
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon, with all matrices of one shape orthogonalised together and in a chosen precision.
+
+    torch's own treats the 48 matrices of GPT-2 one after the other and always in bf16, which is slow where
+    the processor only emulates it (a T4, a CPU without bf16 instructions). The update is the same: a test
+    compares the two. See https://kellerjordan.github.io/posts/muon/ for the method.
+    """
+
+    def __init__(self, params, *, dtype: torch.dtype = torch.bfloat16, **options):
+        super().__init__(params, **options)
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            raise ValueError("this Muon takes no closure")
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (rows, columns), params in by_shape.items():
+                for p in params:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
+                grads = [p.grad for p in params]
+                torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+                update = buffers
+                if group["nesterov"]:
+                    update = torch._foreach_lerp(grads, buffers, group["momentum"])
+                update = orthogonalize(
+                    torch.stack(update).to(self.dtype), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=-rate)
+
+
+def orthogonalize(matrices: Tensor, coefficients, steps: int, eps: float) -> Tensor:
+    """Bring all singular values of each matrix (n, rows, columns) near 1 by Newton-Schulz iterations."""
+    a, b, c = coefficients
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / wide.flatten(1).norm(dim=1)[:, None, None].clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
+
+
+def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices and AdamW for embeddings, gains and biases; or AdamW for all.
+
+    No weight decay anywhere: there is nothing to generalise to.
+    """
+    device = model.device.type
+    matrices = [p for n, p in model.named_parameters() if n.startswith("h.") and p.dim() == 2]
+    rest = [p for n, p in model.named_parameters() if not (n.startswith("h.") and p.dim() == 2)]
+    options = {"betas": (0.9, config.beta2), "weight_decay": 0.0, "fused": device in ("cpu", "cuda")}
+    if config.optimizer == "adamw":
+        optimizers = [torch.optim.AdamW(matrices + rest, lr=config.adam_lr, **options)]
+    else:
+        name = best_precision(model.device)[0]
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float32, "fp32": torch.float32}[name]
+        optimizers = [
+            Muon(matrices, lr=config.muon_lr, weight_decay=0.0, dtype=dtype),
+            torch.optim.AdamW(rest, lr=config.adam_lr, **options),
+        ]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+@torch.inference_mode()
+def evaluate(
+    model: GPT,
+    ids: Tensor,
+    *,
+    batch_size: int = 16,
+    precision: str = "fp32",
+    share: tuple[int, int] = (0, 1),
+) -> float:
+    """The mean loss in nats over every token of the text, ids (n,), in evaluation mode.
+
+    Each token but the first is predicted once, in the fixed windows of ``data.windows``. ``share``: (rank,
+    world) where several processes each take a part and then add up.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        _, x, y, counted = windows(ids.cpu(), model.config.n_positions)
+        rank, world = share
+        total = torch.zeros((), dtype=torch.float64)
+        with torch.compiler.set_stance("force_eager"), autocast(model.device, precision):
+            for i in range(rank * batch_size, len(x), world * batch_size):
+                block = slice(i, i + batch_size)
+                losses = model(
+                    x[block].to(model.device), y[block].to(model.device), reduction="none"
+                ).cpu()
+                total += losses[counted[block]].double().sum()
+        if world > 1:
+            total = total.to(model.device)
+            dist.all_reduce(total)
+        return total.item() / (len(ids) - 1)
+    finally:
+        model.train(was_training)
+
+
+# --- devices ----------------------------------------------------------------------------------------
+
+
+def default_device() -> torch.device:
+    """A CUDA GPU where there is one (this process's own under torchrun), else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """A name that a reader of a log understands: the GPU's, or the processor's and how many threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = "CPU"
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+_measured: dict[str, tuple[str, str]] = {}
+
+
+def best_precision(device: torch.device) -> tuple[str, str]:
+    """("bf16" | "fp16" | "fp32", the reason as a sentence) for the large matrix products on ``device``.
+
+    GPUs go by compute capability, since ``is_bf16_supported`` says yes where bf16 is merely emulated. CPUs
+    are measured: some have bf16 instructions, on the others bf16 is many times slower than fp32.
+    """
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major >= 8:
+            return "bf16", f"compute capability {major}.{minor} computes bf16 natively"
+        if major >= 7:
+            return "fp16", f"compute capability {major}.{minor} is below 8.0: fp16 with a gradient scaler"
+        return "fp32", f"compute capability {major}.{minor} has no tensor cores"
+    if device.type != "cpu":
+        return "fp32", f"nothing faster was tried on {device.type}"
+    if "cpu" not in _measured:
+        seconds = {}
+        generator = torch.Generator().manual_seed(0)
+        for dtype in (torch.float32, torch.bfloat16):
+            a = torch.randn(512, 768, generator=generator).to(dtype)
+            b = torch.randn(768, 768, generator=generator).to(dtype)
+            times = []
+            for _ in range(5):
+                began = time.perf_counter()
+                a @ b
+                times.append(time.perf_counter() - began)
+            seconds[dtype] = min(times)
+        ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+        # A clear margin: near a tie the exact one is the better choice.
+        name = "bf16" if ratio > 1.5 else "fp32"
+        _measured["cpu"] = name, f"bf16 matrix products run at {ratio:.1f} times fp32's speed on this CPU"
+    return _measured["cpu"]
+
+
+def autocast(device: torch.device, precision: str):
+    """The context in which matrix products run in ``precision``."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+
+def compile_blocks(model: GPT, context: int, batch_size: int, autocast) -> str:
+    """Compile the transformer block once for all layers; returns a sentence that says what happened.
+
+    The layers are alike, so one compilation serves all twelve: seconds instead of a minute. The module and
+    its parameter names stay the plain ones. Where compiling fails (no compiler, an old GPU) the layers stay
+    as they were.
+    """
+    for block in model.h:
+        block.compile()
+    try:
+        ids = torch.zeros(batch_size, context, dtype=torch.int64, device=model.device)
+        with autocast():
+            model(ids, ids).backward()
+        return "compiled"
+    except Exception as error:  # whatever the compiler raises, training must go on without it
+        for block in model.h:
+            block._compiled_call_impl = None
+        return f"not compiled ({type(error).__name__}): running the plain layers"
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _interruptible():
+    """Within, Ctrl-C and SIGTERM set a flag that the loop reads between two steps.
+
+    A step cut in half would leave half-updated weights. A second signal acts at once. Signal handlers
+    belong to the main thread; elsewhere the flag simply never rises.
+    """
+    flag = threading.Event()
+    previous = {}
+
+    def handler(number, frame):
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, handler)
+    try:
+        yield flag.is_set
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
