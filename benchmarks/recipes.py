@@ -28,7 +28,7 @@ def run(name: str, expected: str, changes: dict, preset_name: str, text_source: 
     preset = get_preset(preset_name)
     text = preset.load_text(text_source)
     never = {"target": 1e-9, "stop_on": "text"}  # no early stop: to the end of the schedule
-    config = dataclasses.replace(preset.train, **{"compile": False, **never, **changes})
+    config = dataclasses.replace(preset.train, **{**never, **changes})
     config = dataclasses.replace(config, max_passes=config.passes, min_steps=1)
     model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
     row = {"run": name, "expected": expected, "changes": changes}

@@ -239,32 +239,32 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype) -> Tensor:
-        V = weight.shape[0]
+        V, dtypes = weight.shape[0], (hidden.dtype, weight.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        counted = (targets >= 0).float()
+        counted = (targets >= 0).float()[:, None]
         mean = 1.0 / counted.sum().clamp(min=1.0)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden, grad_weight = [], None
         with torch.autocast(hidden.device.type, enabled=False):
-            matrix = weight.to(dtype)
+            matrix, hidden = weight.to(dtype), hidden.to(dtype)
             if hidden.is_cuda and V % 64:
                 # Tensor cores want aligned rows: 50,257 is odd, 50,304 = 64 * 786 is not.
                 matrix = F.pad(matrix, (0, 0, 0, -V % 64))
             for x, y, keep in zip(
-                hidden.to(dtype).split(rows), targets.split(rows), counted.split(rows), strict=True
+                hidden.split(rows), targets.split(rows), counted.split(rows), strict=True
             ):
-                logits = F.linear(x, matrix).float()
+                logits = F.linear(x, matrix)
                 if matrix.shape[0] > V:
                     logits[:, V:] = float("-inf")
+                probs = torch.softmax(logits, 1, dtype=torch.float32)
                 label = y.clamp(min=0)[:, None]
-                loss = logits.logsumexp(1) - logits.gather(1, label)[:, 0]
-                total = total + (loss * keep).sum()
+                total = total - (probs.gather(1, label).log() * keep).sum()
                 if needs_grad:
                     # softmax - onehot; the mean's 1/n comes last, where fp16 cannot flush it to zero
-                    probs = torch.softmax(logits, 1)
                     probs.scatter_add_(1, label, torch.full_like(label, -1, dtype=probs.dtype))
-                    probs = probs.mul_(keep[:, None]).to(dtype)
-                    grad_hidden.append((probs @ matrix).float())
+                    probs = probs.to(dtype)
+                    grad_hidden.append((probs @ matrix).float() * keep)
+                    x = x * keep.to(dtype)
                     if grad_weight is None:
                         grad_weight = (probs.T @ x).float()
                     elif dtype == torch.float32:
@@ -273,7 +273,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                         grad_weight += probs.T @ x
         if needs_grad:
             ctx.save_for_backward(torch.cat(grad_hidden), grad_weight[:V], mean)
-            ctx.dtypes = hidden.dtype, weight.dtype
+            ctx.dtypes = dtypes
         return total * mean
 
     @staticmethod

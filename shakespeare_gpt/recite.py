@@ -1,0 +1,340 @@
+"""What has been learnt by heart: the loss of every token, exact recall, and what in a text is quoted.
+
+Carlini et al. (2023) call a passage memorised if the model, given what stands before it, continues it word
+for word with greedy decoding. ``exact_recall`` asks that at many places; ``Source`` asks the reverse question,
+which words of a generated text stand in the learnt one, and where.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shakespeare_gpt.data import Text, windows
+from shakespeare_gpt.generate import CachedReader
+from shakespeare_gpt.model import GPT
+from shakespeare_gpt.tokenizer import encode, token_bytes
+
+# ---------------------------------------------------------------------------- how well it is known
+
+ROWS = 256  # logits of so many tokens exist at a time: 51 MB
+WINDOW_TOKENS = 2048  # read in one pass
+
+
+@dataclass(frozen=True)
+class Scores:
+    """For each token of a text but the first: (n - 1,) each, on the CPU."""
+
+    losses: Tensor  # float32, nats: -log of the probability that the model gave it
+    right: Tensor  # bool: whether the model held it for the most probable
+
+    @property
+    def loss(self) -> float:
+        return self.losses.double().mean().item()
+
+    @property
+    def accuracy(self) -> float:
+        return self.right.double().mean().item()
+
+
+@torch.inference_mode()
+def score(model: GPT, ids: Tensor) -> Scores:
+    """Loss and hit or miss of every token of a text ``ids`` (n,), n >= 2, in one reading.
+
+    The text is cut as in ``data.windows``: a token is predicted from what stands before it in its window,
+    and each counts once. A text shorter than one window is one short window. Raises ValueError for a text
+    in which there is nothing to predict.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.int64)
+    n, context = len(ids), model.config.n_positions
+    if n < 2:
+        raise ValueError("a text must have at least 2 tokens: the first one is not predicted")
+    if n <= context:
+        x, y, counted = ids[None, :-1], ids[None, 1:], torch.ones(1, n - 1, dtype=torch.bool)
+    else:
+        _, x, y, counted = windows(ids, context)
+    losses, right = torch.empty(y.shape), torch.empty(y.shape, dtype=torch.bool)
+    batch = max(1, WINDOW_TOKENS // x.shape[1])
+    for i in range(0, len(x), batch):
+        hidden = model.hidden(x[i : i + batch].to(model.device)).flatten(0, 1)
+        labels = y[i : i + batch].flatten().to(model.device)
+        rows = [
+            _score_rows(model.head(h), t) for h, t in zip(hidden.split(ROWS), labels.split(ROWS))
+        ]
+        losses[i : i + batch] = torch.cat([loss for loss, _ in rows]).view_as(x[i : i + batch])
+        right[i : i + batch] = torch.cat([hit for _, hit in rows]).view_as(x[i : i + batch])
+    return Scores(losses[counted], right[counted])
+
+
+def _score_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (r, V), labels (r,) -> losses (r,), hits (r,)."""
+    logits = logits.float()
+    losses = logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]
+    return losses.cpu(), (logits.argmax(1) == labels).cpu()
+
+
+def token_losses(model: GPT, ids: Tensor) -> Tensor:
+    """The loss in nats of each token of a text (n,) but the first: (n - 1,) float32. See ``score``."""
+    return score(model, ids).losses
+
+
+def accuracy(model: GPT, ids: Tensor) -> float:
+    """The share of a text's tokens that the model holds for the most probable. See ``score``."""
+    return score(model, ids).accuracy
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How far the model recited at each of several places."""
+
+    starts: list[int]  # where each prompt begins in the text
+    matched: Tensor  # (places,) int64: tokens of the continuation that are right, up to the first wrong one
+    prompt_tokens: int
+    continuation: int  # tokens that were asked for
+
+    @property
+    def median(self) -> float:
+        return self.matched.double().quantile(0.5).item()
+
+    @property
+    def mean(self) -> float:
+        return self.matched.double().mean().item()
+
+    @property
+    def perfect(self) -> float:
+        """The share of the places where the whole continuation is right."""
+        return (self.matched == self.continuation).double().mean().item()
+
+    @property
+    def counts(self) -> Tensor:
+        """At how many places 0, 1, ..., ``continuation`` tokens are right: (continuation + 1,)."""
+        return torch.bincount(self.matched, minlength=self.continuation + 1)
+
+    def __str__(self) -> str:
+        return (
+            f"Exact recall at {len(self.starts)} places after {self.prompt_tokens} tokens: "
+            f"median {self.median:g} of {self.continuation} tokens, mean {self.mean:.1f}, "
+            f"all right at {self.perfect:.0%}"
+        )
+
+
+@torch.inference_mode()
+def exact_recall(
+    model: GPT,
+    ids: Tensor,
+    *,
+    prompt_tokens: int = 32,
+    continuation: int = 50,
+    places: int = 200,
+    starts: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 200,
+) -> Recall:
+    """Prompt with a few tokens of the text ``ids`` (n,), continue greedily, count what matches.
+
+    The places are drawn at any offset of the text, without repetition, by ``seed`` (all of them where the text
+    has fewer), or given as ``starts``, the offsets of the prompts. They are continued side by side, in
+    batches with one cache. Raises ValueError for a text too short for one place and for starts outside it.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.int64)
+    if prompt_tokens < 1 or continuation < 1 or places < 1:
+        raise ValueError("prompt_tokens, continuation and places must each be at least 1")
+    possible = len(ids) - prompt_tokens - continuation + 1
+    if possible < 1:
+        raise ValueError(
+            f"a text of {len(ids)} tokens is too short for {prompt_tokens} tokens of prompt and "
+            f"{continuation} of continuation"
+        )
+    if starts is None:
+        order = torch.randperm(possible, generator=torch.Generator().manual_seed(seed))
+        starts = order[:places].sort().values
+    starts = torch.as_tensor(starts, dtype=torch.int64)
+    if not len(starts) or starts.min() < 0 or starts.max() >= possible:
+        raise ValueError(f"starts must lie in 0..{possible - 1}, and there must be at least one")
+    passages = ids[starts[:, None] + torch.arange(prompt_tokens + continuation)]
+    matched = []
+    for batch in passages.split(batch_size):
+        truth = batch[:, prompt_tokens:].to(model.device)
+        reader = CachedReader(model, len(batch))
+        read, told = batch[:, :prompt_tokens].to(model.device), []
+        for _ in range(continuation):
+            read = reader.read(read)[:, -1].argmax(-1, keepdim=True)
+            told.append(read)
+        hits = torch.cat(told, 1) == truth
+        matched.append(hits.cumprod(1).sum(1).cpu())
+    return Recall(starts.tolist(), torch.cat(matched), prompt_tokens, continuation)
+
+
+def first_difference(a: Sequence, b: Sequence) -> int | None:
+    """Where two sequences (texts, token ids) first differ; None where they are equal.
+
+    Where one is the beginning of the other, that is the length of the shorter.
+    """
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+# ---------------------------------------------------------------------------- quoted or invented
+
+# A name on a line of its own, at the beginning or after a blank line: how the plays mark who speaks.
+SPEAKER = re.compile(r"(?:\A|\n[ \t]*\n|\A\n)([^\n:]{1,60}):[ \t]*(?=\n)")
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a generated text that stands word for word in the learnt one."""
+
+    start: int  # characters of the generated text: generated[start:end]
+    end: int
+    offset: int  # in the learnt text: text[offset : offset + end - start] is the same
+    speaker: str  # who speaks there; "" before the first name
+    line: int  # from 1, of the first character that is not white space
+
+
+class Source:
+    """Finds what a generated text quotes from a learnt one: runs of at least ``min_tokens`` tokens.
+
+    The generated text is encoded again and compared token by token, so a run may begin and end at any
+    token, and what differs in the middle of a word differs. GPT-2's tokens never cross from one word into the
+    next, so only a word that is cut at the very beginning or end of the generated text, or white space there,
+    can be encoded otherwise than in the learnt text; those characters are then compared as characters.
+
+    Building it takes one sort of the text's runs (a fraction of a second for a million characters); ``spans``
+    then takes a few milliseconds for a page, little enough to be called again on a growing text.
+    """
+
+    def __init__(self, text: Text, min_tokens: int = 8):
+        if min_tokens < 1:
+            raise ValueError(f"min_tokens must be at least 1, not {min_tokens}")
+        self.text, self.min_tokens = text.text, min_tokens
+        self._ids = np.asarray(text.ids, dtype=np.int64)
+        self._offsets = _offsets(self._ids, text.text)[0]
+        hashes = self._hashes(self._ids)
+        self._order = np.argsort(hashes, kind="stable")
+        self._hashed = hashes[self._order]
+        self._lines = [match.end() for match in re.finditer("\n", self.text)]
+        names = list(SPEAKER.finditer(self.text))
+        self._speakers = [match[1] for match in names]
+        self._speeches = [match.start(1) for match in names]
+
+    def _hashes(self, ids: np.ndarray) -> np.ndarray:
+        """One number for each run of ``min_tokens``: (n - min_tokens + 1,) uint64. Equal runs, equal numbers."""
+        count = max(0, len(ids) - self.min_tokens + 1)
+        total = np.zeros(count, np.uint64)
+        for i in range(self.min_tokens):
+            total = total * np.uint64(0x9E3779B97F4A7C15) + ids[i : i + count].astype(np.uint64)
+        return total
+
+    def spans(self, generated: str) -> list[Span]:
+        """Every part of ``generated`` that is quoted, from left to right, without overlap.
+
+        Exactly the tokens that belong to a run of ``min_tokens`` or more in the learnt text are covered. Of
+        several places the longest agreement wins, then the earliest. Where one quotation runs into another,
+        the second begins where the first ends, and may then itself be shorter than ``min_tokens``.
+        """
+        generated = SURROGATE.sub("\ufffd", generated)  # as the tokenizer reads it
+        ids = np.asarray(encode(generated), dtype=np.int64)
+        hashes = self._hashes(ids)
+        low = np.searchsorted(self._hashed, hashes, "left")
+        high = np.searchsorted(self._hashed, hashes, "right")
+        begins, ends = _offsets(ids, generated)
+        spans, covered = [], 0  # tokens before ``covered`` are done
+        for i in np.flatnonzero(high > low).tolist():
+            if i + self.min_tokens <= covered:
+                continue
+            places = self._order[low[i] : high[i]]
+            place, length = self._longest(ids[i:], places)
+            if length < self.min_tokens or i + length <= covered:
+                continue  # two different runs with the same number
+            first = max(i, covered)
+            begin, end = int(begins[first]), int(ends[i + length])
+            offset = int(self._offsets[place + first - i])
+            spans.append(self._span(generated, begin, end, offset, spans[-1].end if spans else 0))
+            covered = i + length
+        return spans
+
+    def segments(self, generated: str) -> list[tuple[str, Span | None]]:
+        """The generated text in pieces, each with the span that it is or None: for highlighting."""
+        pieces, at = [], 0
+        for span in self.spans(generated):
+            if span.start > at:
+                pieces.append((generated[at : span.start], None))
+            pieces.append((generated[span.start : span.end], span))
+            at = span.end
+        if at < len(generated):
+            pieces.append((generated[at:], None))
+        return pieces
+
+    def _longest(self, ids: np.ndarray, places: np.ndarray) -> tuple[int, int]:
+        """Of the places (p,) where ``ids`` may stand: the one that agrees longest, and how many tokens."""
+        if len(places) == 1:
+            theirs = self._ids[places[0] : places[0] + len(ids)]
+            wrong = np.flatnonzero(theirs != ids[: len(theirs)])
+            return int(places[0]), int(wrong[0]) if len(wrong) else len(theirs)
+        length = 0
+        while length < len(ids):
+            inside = places[places + length < len(self._ids)]
+            agreeing = inside[self._ids[inside + length] == ids[length]]
+            if not len(agreeing):
+                break
+            places, length = agreeing, length + 1
+        return int(places[0]), length
+
+    def _span(self, generated: str, begin: int, end: int, offset: int, free: int) -> Span:
+        """Add what the tokens at both ends of the generated text missed, and say who speaks where."""
+        text = self.text
+        if text[offset : offset + end - begin] != generated[begin:end]:
+            end = begin + (
+                first_difference(text[offset : offset + end - begin], generated[begin:end]) or 0
+            )
+        # Only the generated text's own ends can be cut through a word or a run of white space.
+        tail = len(generated) - end
+        if (
+            0 < tail <= 40
+            and text[offset + end - begin : offset + len(generated) - begin] == generated[end:]
+        ):
+            end = len(generated)
+        if (
+            free == 0
+            and 0 < begin <= 40
+            and text[max(0, offset - begin) : offset] == generated[:begin]
+        ):
+            offset, begin = offset - begin, 0
+        quoted = generated[begin:end]
+        first = offset + len(quoted) - len(quoted.lstrip())
+        first = min(first, max(offset, offset + len(quoted) - 1))
+        speech = bisect.bisect_right(self._speeches, first) - 1
+        return Span(
+            begin,
+            end,
+            offset,
+            self._speakers[speech] if speech >= 0 else "",
+            bisect.bisect_right(self._lines, first) + 1,
+        )
+
+
+def _offsets(ids: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where the tokens of a text lie, in characters: begins and ends, (n + 1,) each.
+
+    Token i is text[begins[i] : ends[i + 1]]. The two arrays are the same but where a character's bytes lie in
+    two tokens: such a character counts for neither.
+    """
+    kinds, index = np.unique(ids, return_inverse=True)
+    sizes = np.array([len(token_bytes(int(kind))) for kind in kinds], dtype=np.int64)
+    edges = np.concatenate([[0], np.cumsum(sizes[index])]) if len(ids) else np.zeros(1, np.int64)
+    if text.isascii():
+        return edges, edges
+    raw = np.frombuffer(text.encode("utf-8"), np.uint8)
+    # How many characters begin before each byte; a byte 10xxxxxx continues a character.
+    begun = np.concatenate([[0], np.cumsum((raw & 0xC0) != 0x80)])
+    inside = np.append((raw & 0xC0) == 0x80, False)[edges]
+    return begun[edges], begun[edges] - inside
