@@ -179,14 +179,14 @@ class CachedReader:
 
 @dataclass
 class GenerationStats:
-    """What a generation cost; filled in as it goes."""
+    """What a generation cost; filled in as it goes. Given to several, it adds them up."""
 
     tokens: int = 0  # given out
     passes: int = 0  # through the model
     proposed: int = 0  # tokens that the draft guessed
     accepted: int = 0  # of those, what the model agreed with
     seconds: float = 0.0  # spent here, without what the reader of the tokens does between them
-    first_token_seconds: float | None = None
+    first_token_seconds: float | None = None  # of the latest generation
 
     @property
     def tokens_per_second(self) -> float:
@@ -297,8 +297,8 @@ def _generate(model, prompt, max_new_tokens, choose, random, draft, stats) -> It
     reader = CachedReader(model)
     context, pending = list(prompt), list(prompt)
     guess = FIRST_GUESS
-    while stats.tokens < max_new_tokens:
-        left = max_new_tokens - stats.tokens
+    left = max_new_tokens
+    while left > 0:
         proposal = []
         if draft is not None:
             length = min(guess, left - 1, reader.room(len(pending)))
@@ -320,11 +320,12 @@ def _generate(model, prompt, max_new_tokens, choose, random, draft, stats) -> It
         context += tokens
         pending = tokens[-1:]
         for token in tokens:
-            now = time.perf_counter()
-            stats.seconds += now - began
+            elapsed = time.perf_counter() - began
+            stats.seconds += elapsed
             stats.tokens += 1
-            if stats.first_token_seconds is None:
-                stats.first_token_seconds = stats.seconds
+            if left == max_new_tokens:
+                stats.first_token_seconds = elapsed
+            left -= 1
             yield token
             began = time.perf_counter()
     stats.seconds += time.perf_counter() - began
@@ -378,8 +379,8 @@ def stream_text(
 ) -> Iterator[str]:
     """Continue a text, in pieces of whole characters; the pieces together are the continuation.
 
-    It ends after ``max_new_tokens``, at the end-of-text token, or before the first of the ``stop`` strings,
-    which is never part of a piece, not even its first letters: text that could still become one is held
+    It ends after ``max_new_tokens``, at the end-of-text token, or before the ``stop`` string that is
+    complete first, which is never part of a piece, not even its first letters: text that could still become one is held
     back. The rest is as in ``generate``.
     """
     stops = [stop] if isinstance(stop, str) else list(stop)

@@ -258,7 +258,7 @@ class Source:
             first = max(i, covered)
             begin, end = int(begins[first]), int(ends[i + length])
             offset = int(self._offsets[place + first - i])
-            spans.append(self._span(generated, begin, end, offset, spans[-1].end if spans else 0))
+            spans.append(self._span(generated, begin, end, offset, not spans))
             covered = i + length
         return spans
 
@@ -289,13 +289,9 @@ class Source:
             places, length = agreeing, length + 1
         return int(places[0]), length
 
-    def _span(self, generated: str, begin: int, end: int, offset: int, free: int) -> Span:
+    def _span(self, generated: str, begin: int, end: int, offset: int, leading: bool) -> Span:
         """Add what the tokens at both ends of the generated text missed, and say who speaks where."""
         text = self.text
-        if text[offset : offset + end - begin] != generated[begin:end]:
-            end = begin + (
-                first_difference(text[offset : offset + end - begin], generated[begin:end]) or 0
-            )
         # Only the generated text's own ends can be cut through a word or a run of white space.
         tail = len(generated) - end
         if (
@@ -304,7 +300,7 @@ class Source:
         ):
             end = len(generated)
         if (
-            free == 0
+            leading
             and 0 < begin <= 40
             and text[max(0, offset - begin) : offset] == generated[:begin]
         ):
