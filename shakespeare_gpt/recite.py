@@ -204,9 +204,10 @@ class Source:
     """Finds what a generated text quotes from a learnt one: runs of at least ``min_tokens`` tokens.
 
     The generated text is encoded again and compared token by token, so a run may begin and end at any
-    token, and what differs in the middle of a word differs. GPT-2's tokens never cross from one word into the
-    next, so only a word that is cut at the very beginning or end of the generated text, or white space there,
-    can be encoded otherwise than in the learnt text; those characters are then compared as characters.
+    token. GPT-2's tokens never cross from one word into the next, so within a run the two texts are encoded
+    alike; but the same word has another token after a space than at the beginning of a line, and a word or
+    blank line that is cut at the end of the generated text has other tokens than the whole one. So at both
+    ends a run is lengthened, character by character, by whole words that are the same.
 
     Building it takes one sort of the text's runs (a fraction of a second for a million characters); ``spans``
     then takes a few milliseconds for a page, little enough to be called again on a growing text.
@@ -258,8 +259,10 @@ class Source:
             first = max(i, covered)
             begin, end = int(begins[first]), int(ends[i + length])
             offset = int(self._offsets[place + first - i])
-            spans.append(self._span(generated, begin, end, offset, not spans))
-            covered = i + length
+            covered, free = i + length, spans[-1].end if spans else 0
+            if end > free:  # what the span before this one, lengthened, has left of it
+                shown = max(begin, free)
+                spans.append(self._span(generated, shown, end, offset + shown - begin, free))
         return spans
 
     def segments(self, generated: str) -> list[tuple[str, Span | None]]:
@@ -276,46 +279,69 @@ class Source:
 
     def _longest(self, ids: np.ndarray, places: np.ndarray) -> tuple[int, int]:
         """Of the places (p,) where ``ids`` may stand: the one that agrees longest, and how many tokens."""
-        if len(places) == 1:
-            theirs = self._ids[places[0] : places[0] + len(ids)]
-            wrong = np.flatnonzero(theirs != ids[: len(theirs)])
-            return int(places[0]), int(wrong[0]) if len(wrong) else len(theirs)
         length = 0
-        while length < len(ids):
+        while len(places) > 1:
             inside = places[places + length < len(self._ids)]
-            agreeing = inside[self._ids[inside + length] == ids[length]]
+            agreeing = (
+                inside[self._ids[inside + length] == ids[length]]
+                if length < len(ids)
+                else inside[:0]
+            )
             if not len(agreeing):
-                break
+                return int(places[0]), length
             places, length = agreeing, length + 1
-        return int(places[0]), length
+        theirs = self._ids[places[0] : places[0] + len(ids)]
+        wrong = np.flatnonzero(theirs != ids[: len(theirs)])
+        return int(places[0]), int(wrong[0]) if len(wrong) else len(theirs)
 
-    def _span(self, generated: str, begin: int, end: int, offset: int, leading: bool) -> Span:
-        """Add what the tokens at both ends of the generated text missed, and say who speaks where."""
-        text = self.text
-        # Only the generated text's own ends can be cut through a word or a run of white space.
-        tail = len(generated) - end
-        if (
-            0 < tail <= 40
-            and text[offset + end - begin : offset + len(generated) - begin] == generated[end:]
-        ):
-            end = len(generated)
-        if (
-            leading
-            and 0 < begin <= 40
-            and text[max(0, offset - begin) : offset] == generated[:begin]
-        ):
-            offset, begin = offset - begin, 0
-        quoted = generated[begin:end]
-        first = offset + len(quoted) - len(quoted.lstrip())
-        first = min(first, max(offset, offset + len(quoted) - 1))
+    def _span(self, generated: str, begin: int, end: int, offset: int, free: int) -> Span:
+        """Add the words at both ends that only their tokens kept out, and say who speaks where.
+
+        ``free``: where the span before this one ends in the generated text.
+        """
+        text, shift = self.text, offset - begin  # generated[i] is text[i + shift]
+        low = begin
+        while low > max(free, -shift, begin - EDGE) and generated[low - 1] == text[low - 1 + shift]:
+            low -= 1
+        while low < begin and not _may_begin(generated, text, low, shift):
+            low += 1
+        limit, high = min(len(generated), len(text) - shift, end + EDGE), end
+        while high < limit and generated[high] == text[high + shift]:
+            high += 1
+        while high > end and not _may_end(generated, text, high, shift):
+            high -= 1
+        quoted = generated[low:high]
+        first = low + shift + (len(quoted) - len(quoted.lstrip()) if quoted.strip() else 0)
         speech = bisect.bisect_right(self._speeches, first) - 1
         return Span(
-            begin,
-            end,
-            offset,
+            low,
+            high,
+            low + shift,
             self._speakers[speech] if speech >= 0 else "",
             bisect.bisect_right(self._lines, first) + 1,
         )
+
+
+EDGE = 40  # characters: how far beyond its tokens a span may reach, a word or two
+
+
+def _may_begin(generated: str, text: str, at: int, shift: int) -> bool:
+    """Whether a span may begin there: with a whole word, or with the generated text."""
+    return at == 0 or not (
+        generated[at].isspace() or _in_word(generated, at) or _in_word(text, at + shift)
+    )
+
+
+def _may_end(generated: str, text: str, at: int, shift: int) -> bool:
+    """Whether a span may end there: after a whole word, or with the generated text."""
+    return at == len(generated) or not (
+        generated[at - 1].isspace() or _in_word(generated, at) or _in_word(text, at + shift)
+    )
+
+
+def _in_word(text: str, at: int) -> bool:
+    """Whether the characters before and after ``at`` belong to one word."""
+    return 0 < at < len(text) and text[at - 1].isalnum() and text[at].isalnum()
 
 
 def _offsets(ids: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray]:
