@@ -20,10 +20,13 @@ import torch.multiprocessing as mp
 
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import get_preset
+from shakespeare_gpt.recite import exact_recall
 from shakespeare_gpt.train import TARGET, TrainingError, device_name, evaluate, train
 
 
-def run(name: str, expected: str, changes: dict, preset_name: str, text_source: str | None, folder: Path) -> dict:
+def run(
+    name: str, expected: str, changes: dict, preset_name: str, text_source: str | None, folder: Path
+) -> dict:
     """One run; its log goes to ``folder``, its row is returned."""
     preset = get_preset(preset_name)
     text = preset.load_text(text_source)
@@ -37,7 +40,9 @@ def run(name: str, expected: str, changes: dict, preset_name: str, text_source: 
     try:
         for step in train(model, text.ids, config):
             if step.step % 10 == 0:
-                lines.append(f"{step.step} | {step.loss:.4f} | {step.best:.4f} | {step.lr:.2e} | {step.tokens_per_second:.0f}")
+                lines.append(
+                    f"{step.step} | {step.loss:.4f} | {step.best:.4f} | {step.lr:.2e} | {step.tokens_per_second:.0f}"
+                )
     except TrainingError as error:
         if "exploded" in str(error):
             note = "exploded"
@@ -56,27 +61,16 @@ def run(name: str, expected: str, changes: dict, preset_name: str, text_source: 
             "last_pass_mean": sum(losses[-tail:]) / tail,
             "seconds": step.history.seconds,
         }
-    for key, starts in (("recall_any", None), ("recall_window", range(0, len(text.ids) - 300, preset.model.n_positions * 6))):
-        matched = naive_recall(model, text.ids, starts)
+    for key, starts in (
+        ("recall_any", None),
+        ("recall_window", range(0, len(text.ids) - 300, preset.model.n_positions * 6)),
+    ):
+        matched = exact_recall(model, text.ids, starts=starts).matched
         row[key] = [matched.float().median().item(), (matched >= 50).float().mean().item()]
     row["note"] = note
     lines.append(json.dumps(row))
     (folder / f"{name}.log").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return row
-
-
-@torch.inference_mode()
-def naive_recall(model, ids, starts):
-    if starts is None:
-        starts = torch.randint(len(ids) - 82, (200,), generator=torch.Generator().manual_seed(0))
-    starts = torch.as_tensor(list(starts))[:200]
-    ids = ids.cpu()
-    truth = ids[starts[:, None] + torch.arange(82)].to(model.device)
-    seq = truth[:, :32]
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=model.device.type == "cuda"):
-        for _ in range(50):
-            seq = torch.cat((seq, model.head(model.hidden(seq)[:, -1:]).argmax(-1)), 1)
-    return (seq[:, 32:] == truth[:, 32:]).cumprod(1).sum(1)
 
 
 def _worker(jobs, results, options):
@@ -96,8 +90,12 @@ def main() -> None:
     parser.add_argument("--text", help="another text")
     parser.add_argument("--runs", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--out", type=Path, default=Path("logs/recipes"))
-    parser.add_argument("--workers", type=int, default=1, help="runs at the same time on the device")
-    parser.add_argument("--minutes", type=float, default=1e6, help="start no further run after this time")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="runs at the same time on the device"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1e6, help="start no further run after this time"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     entries = json.loads(args.runs.read_text(encoding="utf-8"))
@@ -116,8 +114,12 @@ def main() -> None:
         jobs.put(None)
         workers.append(context.Process(target=_worker, args=(jobs, results, options)))
         workers[-1].start()
-    print(f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}, torch {torch.__version__}")
-    print("| run | tokens | whole text | last pass | first batch (tokens) | recall any | recall window | seconds |")
+    print(
+        f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}, torch {torch.__version__}"
+    )
+    print(
+        "| run | tokens | whole text | last pass | first batch (tokens) | recall any | recall window | seconds |"
+    )
     print("|---|--:|--:|--:|--:|--:|--:|--:|")
     rows, ended = [], 0
     while ended < args.workers:
@@ -126,8 +128,19 @@ def main() -> None:
             ended += 1
             continue
         rows.append(row)
-        keys = ("tokens", "whole_text", "last_pass_mean", "first_batch_tokens", "recall_any", "recall_window", "seconds", "note")
-        print("| " + " | ".join([row["run"], *(_cell(row.get(k)) for k in keys)]) + " |", flush=True)
+        keys = (
+            "tokens",
+            "whole_text",
+            "last_pass_mean",
+            "first_batch_tokens",
+            "recall_any",
+            "recall_window",
+            "seconds",
+            "note",
+        )
+        print(
+            "| " + " | ".join([row["run"], *(_cell(row.get(k)) for k in keys)]) + " |", flush=True
+        )
         (args.out / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
+import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from shakespeare_gpt.data import Text, TextError, load_text
-from shakespeare_gpt.model import GPTConfig
-from shakespeare_gpt.train import TrainConfig
+from shakespeare_gpt.model import GPT, GPTConfig
+from shakespeare_gpt.train import (
+    Step,
+    TrainConfig,
+    best_precision,
+    default_device,
+    device_name,
+    log_head,
+    logged,
+    train,
+)
 
 PRESET_VARIABLE = "SHAKESPEARE_GPT_PRESET"
 TEXT_VARIABLE = "SHAKESPEARE_GPT_TEXT"
@@ -50,7 +63,9 @@ PRESETS = {
             name="smoke",
             about="every part in seconds: for tests",
             model=GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32),
-            train=TrainConfig(batch_size=4, passes=40, min_steps=60, max_passes=400, warmup_steps=5, adam_lr=1e-2),
+            train=TrainConfig(
+                batch_size=4, passes=40, min_steps=60, max_passes=400, warmup_steps=5, adam_lr=1e-2
+            ),
             max_tokens=600,
         ),
         Preset(
@@ -63,7 +78,7 @@ PRESETS = {
             name="gpt2",
             about="GPT-2 small, 124M parameters, learns Tiny Shakespeare",
             model=GPTConfig(),
-            train=TrainConfig(batch_size=8, passes=8),
+            train=TrainConfig(batch_size=8, passes=6, muon_lr=0.01, adam_lr=4e-3),
             text="tinyshakespeare",
         ),
         Preset(
@@ -95,7 +110,63 @@ def get_preset(name: str | None = None) -> Preset:
 
     Raises ValueError for a name that is none, listing those that are.
     """
-    name = name or os.environ.get(PRESET_VARIABLE) or ("gpt2" if torch.cuda.is_available() else "mini")
+    name = (
+        name or os.environ.get(PRESET_VARIABLE) or ("gpt2" if torch.cuda.is_available() else "mini")
+    )
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]
+
+
+def checkpoint_path(preset: Preset, text: Text) -> Path:
+    """Where a preset's run on a text is saved: another text, or an edited one, gets another file."""
+    return Path("checkpoints") / f"{preset.name}-{text.name}-{text.sha256[:8]}.pt"
+
+
+def log_path(preset: Preset) -> Path:
+    """Where a preset's run is logged: ``logs/train.log`` for ``gpt2``, the run that the README reports."""
+    return Path("logs") / ("train.log" if preset.name == "gpt2" else f"{preset.name}.log")
+
+
+def describe(preset: Preset) -> str:
+    """Three lines for the top of a notebook: versions, device and precision, preset and expected time."""
+    device = default_device()
+    precision, reason = best_precision(device)
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}\n"
+        f"device: {device_name(device)}; {precision}, because {reason}\n"
+        f"preset {preset.name}: {preset.about}"
+    )
+
+
+def start(
+    preset: Preset,
+    text: Text,
+    model: GPT | None = None,
+    *,
+    config: TrainConfig | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    log: str | os.PathLike | None = None,
+    device=None,
+) -> Iterator[Step]:
+    """A preset's run on a text, saved and logged in the usual places, as a generator of its steps.
+
+    Goes on from the run's checkpoint where there is one. ``model``, random weights otherwise, is trained in
+    place; ``config``, ``checkpoint`` and ``log`` replace the preset's.
+    """
+    config = config or preset.train
+    device = torch.device(device) if device is not None else default_device()
+    model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
+    meta = {"preset": preset.name, "text_name": text.name, "text_sha256": text.sha256}
+    steps = train(
+        model,
+        text.ids,
+        config,
+        checkpoint=checkpoint or checkpoint_path(preset, text),
+        meta=meta,
+        device=device,
+    )
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return steps
+    head = log_head(preset.name, text.name, text.sha256, config, device)
+    return logged(steps, log or log_path(preset), head)

@@ -10,14 +10,18 @@ From a shell: ``python -m shakespeare_gpt.train --help``. With several GPUs:
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
+import platform
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +80,9 @@ class TrainConfig:
 class History:
     """The run so far, kept in the checkpoint so that a resumed run draws the whole curve."""
 
-    losses: list[float] = field(default_factory=list)  # of each step's batch, before its update; nats
+    losses: list[float] = field(
+        default_factory=list
+    )  # of each step's batch, before its update; nats
     text: list[tuple[int, float]] = field(default_factory=list)  # (step, mean over the whole text)
     first_batch: int | None = None  # the first step whose batch was under the target
     tokens: int = 0
@@ -97,7 +103,8 @@ class Step:
     text_loss: float | None  # the whole text's mean, at the steps where it was measured
     done: bool
     history: History
-    message: str = ""  # set at the last step, and where something worth saying happened
+    message: str = ""  # at the last step: what was reached
+    checkpoint: str | None = None  # at the last step: where the weights are
 
 
 class TrainingError(RuntimeError):
@@ -172,11 +179,15 @@ class _Run:
         self.context = model.config.n_positions
         self.order = WindowOrder(len(ids), self.context, config.windows, config.seed)
         # A text of five windows cannot fill a batch of eight.
-        self.batch_size = max(self.world, min(config.batch_size, self.order.count) // self.world * self.world)
+        self.batch_size = max(
+            self.world, min(config.batch_size, self.order.count) // self.world * self.world
+        )
         self.steps_per_pass = self.order.count / self.batch_size
         self.schedule_steps = max(config.min_steps, math.ceil(config.passes * self.steps_per_pass))
         self.max_steps = max(
-            self.schedule_steps, 4 * config.min_steps, math.ceil(config.max_passes * self.steps_per_pass)
+            self.schedule_steps,
+            4 * config.min_steps,
+            math.ceil(config.max_passes * self.steps_per_pass),
         )
         self.history = History()
         self.step = 0
@@ -195,7 +206,9 @@ class _Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr
         share = self.batch_size // self.world
-        starts = self.order.batch(step, self.batch_size)[self.rank * share : (self.rank + 1) * share]
+        starts = self.order.batch(step, self.batch_size)[
+            self.rank * share : (self.rank + 1) * share
+        ]
         index = (starts.to(self.device)[:, None] + self.offsets) % len(self.ids)
         loss = self.gradients(self.ids[index])
         for optimizer in self.optimizers:
@@ -259,6 +272,7 @@ class _Run:
             done=reached,
             history=history,
             message=message,
+            checkpoint=str(self.checkpoint) if reached and self.checkpoint else None,
         )
 
     def _recent(self) -> float:
@@ -279,12 +293,15 @@ class _Run:
         last, ratio = self.last_evaluation
         since = self.step - last
         near = self._recent() < config.target * ratio and since >= max(1, self.steps_per_pass / 8)
-        late = self.step >= self.schedule_steps and (self.step - self.schedule_steps) % max(
-            1, round(self.steps_per_pass)
-        ) == 0
+        late = (
+            self.step >= self.schedule_steps
+            and (self.step - self.schedule_steps) % max(1, round(self.steps_per_pass)) == 0
+        )
         if not near and not late:
             return None
-        value = evaluate(self.model, self.ids, precision=self.precision, share=(self.rank, self.world))
+        value = evaluate(
+            self.model, self.ids, precision=self.precision, share=(self.rank, self.world)
+        )
         if value < config.target and self.precision != "fp32":
             # What the run reports is the full-precision value.
             value = evaluate(self.model, self.ids, precision="fp32", share=(self.rank, self.world))
@@ -295,12 +312,16 @@ class _Run:
     def _check(self, loss: float, norm: float) -> None:
         limit = 3 * math.log(self.model.config.vocab_size)
         healthy = math.isfinite(loss) and loss < limit
-        if self.scaler.is_enabled():  # fp16 steps that overflow are skipped by the scaler, up to a point
+        if (
+            self.scaler.is_enabled()
+        ):  # fp16 steps that overflow are skipped by the scaler, up to a point
             healthy = healthy and self.scaler.get_scale() > 1e-4
         else:
             healthy = healthy and math.isfinite(norm)
         if not healthy:
-            where = f"; the weights before it are saved in {self.checkpoint}" if self.checkpoint else ""
+            where = (
+                f"; the weights before it are saved in {self.checkpoint}" if self.checkpoint else ""
+            )
             raise TrainingError(
                 f"The loss exploded at step {self.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g})"
                 f"{where}: lower the rates (--muon-lr, --adam-lr) or clip harder."
@@ -336,7 +357,9 @@ class _Run:
             yield
         finally:
             for block in self.model.h:
-                block._compiled_call_impl = None  # sampling feeds other shapes: back to the plain layers
+                block._compiled_call_impl = (
+                    None  # sampling feeds other shapes: back to the plain layers
+                )
             self.model.eval()
 
     def autocast(self):
@@ -346,9 +369,18 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """What must agree for one run to go on where another stopped."""
-        fixed = {k: v for k, v in asdict(self.config).items() if k not in ("compile", "graph", "max_passes")}
-        return {"train": fixed, "tokens": len(self.ids), "checksum": int((self.ids * (torch.arange(
-            len(self.ids), device=self.device) % 9973 + 1)).sum())}
+        fixed = {
+            k: v
+            for k, v in asdict(self.config).items()
+            if k not in ("compile", "graph", "max_passes")
+        }
+        return {
+            "train": fixed,
+            "tokens": len(self.ids),
+            "checksum": int(
+                (self.ids * (torch.arange(len(self.ids), device=self.device) % 9973 + 1)).sum()
+            ),
+        }
 
     def save(self, finished: bool = False) -> None:
         if self.checkpoint is None or self.rank != 0:
@@ -492,7 +524,10 @@ class Muon(torch.optim.Muon):
                 if group["nesterov"]:
                     update = torch._foreach_lerp(grads, buffers, group["momentum"])
                 update = orthogonalize(
-                    torch.stack(update).to(self.dtype), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                    torch.stack(update).to(self.dtype),
+                    group["ns_coefficients"],
+                    group["ns_steps"],
+                    group["eps"],
                 )
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
@@ -518,14 +553,24 @@ def make_optimizers(model: GPT, config: TrainConfig) -> list[torch.optim.Optimiz
     device = model.device.type
     matrices = [p for n, p in model.named_parameters() if n.startswith("h.") and p.dim() == 2]
     rest = [p for n, p in model.named_parameters() if not (n.startswith("h.") and p.dim() == 2)]
-    options = {"betas": (0.9, config.beta2), "weight_decay": 0.0, "fused": device in ("cpu", "cuda")}
+    options = {
+        "betas": (0.9, config.beta2),
+        "weight_decay": 0.0,
+        "fused": device in ("cpu", "cuda"),
+    }
     if config.optimizer == "adamw":
         optimizers = [torch.optim.AdamW(matrices + rest, lr=config.adam_lr, **options)]
     else:
         name = best_precision(model.device)[0]
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float32, "fp32": torch.float32}[name]
         optimizers = [
-            Muon(matrices, lr=config.muon_lr, weight_decay=0.0, ns_steps=config.muon_steps, dtype=dtype),
+            Muon(
+                matrices,
+                lr=config.muon_lr,
+                weight_decay=0.0,
+                ns_steps=config.muon_steps,
+                dtype=dtype,
+            ),
             torch.optim.AdamW(rest, lr=config.adam_lr, **options),
         ]
     for optimizer in optimizers:
@@ -608,7 +653,10 @@ def best_precision(device: torch.device) -> tuple[str, str]:
         if major >= 8:
             return "bf16", f"compute capability {major}.{minor} computes bf16 natively"
         if major >= 7:
-            return "fp16", f"compute capability {major}.{minor} is below 8.0: fp16 with a gradient scaler"
+            return (
+                "fp16",
+                f"compute capability {major}.{minor} is below 8.0: fp16 with a gradient scaler",
+            )
         return "fp32", f"compute capability {major}.{minor} has no tensor cores"
     if device.type != "cpu":
         return "fp32", f"nothing faster was tried on {device.type}"
@@ -627,7 +675,10 @@ def best_precision(device: torch.device) -> tuple[str, str]:
         ratio = seconds[torch.float32] / seconds[torch.bfloat16]
         # A clear margin: near a tie the exact one is the better choice.
         name = "bf16" if ratio > 1.5 else "fp32"
-        _measured["cpu"] = name, f"bf16 matrix products run at {ratio:.1f} times fp32's speed on this CPU"
+        _measured["cpu"] = (
+            name,
+            f"bf16 matrix products run at {ratio:.1f} times fp32's speed on this CPU",
+        )
     return _measured["cpu"]
 
 
@@ -708,3 +759,187 @@ def _interruptible():
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+# --- the log and the command line -------------------------------------------------------------------
+
+
+def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any]) -> Iterator[Step]:
+    """Pass the steps on and write them to a log: a head that names the run, then every tenth step.
+
+    A resumed run writes on where the log stopped. Each line: ``step | loss | best | lr | tokens/s``.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file:
+        for step in steps:
+            if head is not None:
+                if step.step <= 1 or file.tell() == 0:
+                    file.seek(0)
+                    file.truncate()
+                    file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+                    file.write("step | loss | best | lr | tokens/s\n")
+                elif not step.done:
+                    file.write(f"# resumed at step {step.step}\n")
+                head = None
+            if step.step % 10 == 0 or step.done:
+                file.write(log_line(step) + "\n")
+            if step.step == step.history.first_batch:
+                file.write(
+                    f"# step {step.step}: the first batch under the target ({step.loss:.6f})\n"
+                )
+            if step.text_loss is not None:
+                file.write(f"# step {step.step}: mean over the whole text {step.text_loss:.6f}\n")
+            if step.done:
+                file.write(f"# {step.history.tokens} tokens, {step.history.seconds:.1f} s\n")
+                file.write(step.message + "\n")
+                if step.checkpoint is not None:
+                    file.write(f"Saved checkpoint to {step.checkpoint}\n")
+            yield step
+
+
+def log_line(step: Step) -> str:
+    """A step as one line of the log: losses in nats, the rate, tokens a second."""
+    return f"{step.step} | {step.loss:.6f} | {step.best:.6f} | {step.lr:.3e} | {step.tokens_per_second:.0f}"
+
+
+def progress_line(step: Step) -> str:
+    """A step as one line for a person: how far, how fast, how long still."""
+    minutes, seconds = divmod(round(step.seconds_left), 60)
+    text = f" | text {step.history.text[-1][1]:.4f}" if step.history.text else ""
+    return (
+        f"step {step.step} | loss {step.loss:.4f} | best {step.best:.4f}{text} | "
+        f"{step.tokens_per_second:,.0f} tokens/s | {100 * step.progress:.0f} % of the way | "
+        f"about {minutes}:{seconds:02d} left"
+    )
+
+
+def log_head(
+    preset: str, text: str, sha256: str, config: TrainConfig, device: torch.device
+) -> dict[str, Any]:
+    """What a reader needs to trace a log: the code, the text, the settings, the machine."""
+    return {
+        "preset": preset,
+        "text": f"{text}, SHA-256 {sha256}",
+        "commit": commit(),
+        "settings": " ".join(f"{k}={v}" for k, v in asdict(config).items()),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "device": device_name(device),
+    }
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a + where files differ from it; "unknown" outside git."""
+    if given := os.environ.get("SHAKESPEARE_GPT_COMMIT"):
+        return given
+    here = Path(__file__).resolve().parent
+    try:
+        options = {"cwd": here, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", "."], **options
+        ).stdout.strip()
+        return name + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    from shakespeare_gpt.data import TextError
+    from shakespeare_gpt.presets import PRESETS, checkpoint_path, get_preset, start
+
+    lines = "\n".join(f"  {p.name:<9} {p.about}" for p in PRESETS.values())
+    parser = argparse.ArgumentParser(
+        prog="python -m shakespeare_gpt.train",
+        description="Train a GPT-2 on a text until it knows it by heart.",
+        epilog=f"presets:\n{lines}\n\nInterrupt with Ctrl-C at any time: the same command goes on from there.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", help="which settings (default: gpt2 with a GPU, mini without)")
+    parser.add_argument(
+        "--text", metavar="FILE", help="learn this text file instead of the preset's text"
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="FILE", help="where to save (default: in checkpoints/)"
+    )
+    parser.add_argument("--log", metavar="FILE", help="the log (default: in logs/)")
+    parser.add_argument(
+        "--restart", action="store_true", help="start over, do not go on from the checkpoint"
+    )
+    parser.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    settings = parser.add_argument_group("settings that replace the preset's")
+    for name, kind, text in (
+        ("batch_size", int, "windows in a step"),
+        ("passes", float, "times through the text until the rates have come down"),
+        ("max_passes", float, "where to give up"),
+        ("muon_lr", float, "peak rate of Muon"),
+        ("adam_lr", float, "peak rate of AdamW"),
+        ("windows", str, "fixed, shifted or sequential"),
+        ("precision", str, "auto, bf16, fp16 or fp32"),
+        ("target", float, "the mean loss in nats at which to stop"),
+        ("seed", int, "of the weights and of the order of the windows"),
+    ):
+        settings.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    settings.add_argument(
+        "--compile", action="store_true", default=None, help="torch.compile the layers"
+    )
+    options = parser.parse_args(arguments)
+
+    distributed = "WORLD_SIZE" in os.environ
+    if distributed:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    first = not distributed or dist.get_rank() == 0
+    say = print if first else (lambda *a, **k: None)
+    try:
+        preset = get_preset(options.preset)
+        changes = {f: getattr(options, f, None) for f in TrainConfig.__dataclass_fields__}
+        config = replace(preset.train, **{k: v for k, v in changes.items() if v is not None})
+        text = preset.load_text(options.text)
+        path = Path(options.checkpoint) if options.checkpoint else checkpoint_path(preset, text)
+        if options.restart and first:
+            path.unlink(missing_ok=True)
+        device = torch.device(options.device) if options.device else default_device()
+        model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
+        say(
+            f"{preset.name}: {model.num_parameters():,} parameters learn {text.name}, {len(text.ids):,} tokens"
+        )
+        say(f"device: {device_name(device)}; {best_precision(device)[1]}")
+        steps = start(
+            preset, text, model, config=config, checkpoint=path, log=options.log, device=device
+        )
+        with closing(steps):
+            _watch(steps, say)
+        say(f"Saved checkpoint to {path}")
+    except KeyboardInterrupt:
+        say(f"\nInterrupted. Saved checkpoint to {path}; the same command goes on from there.")
+        return 130
+    except (TextError, TrainingError, CheckpointError, ValueError) as error:
+        say(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if distributed:
+            dist.destroy_process_group()
+    return 0
+
+
+def _watch(steps: Iterator[Step], say) -> None:
+    """Print progress: one line that rewrites itself on a terminal, else a line every ten seconds."""
+    live, printed = sys.stdout.isatty(), 0.0
+    for step in steps:
+        if step.done or time.monotonic() - printed > (0.5 if live else 10.0):
+            say(
+                f"\r{progress_line(step):<110}" if live else progress_line(step),
+                end="" if live else "\n",
+                flush=True,
+            )
+            printed = time.monotonic()
+        if step.done:
+            say(f"{chr(10) if live else ''}{step.message}")
+
+
+if __name__ == "__main__":
+    # Not this copy, which is called __main__, but the module that the presets import.
+    from shakespeare_gpt.train import main as run
+
+    sys.exit(run())

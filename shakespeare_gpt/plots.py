@@ -1,0 +1,145 @@
+"""The pictures that the notebooks share: the live plot of a run, what was memorised, one look for all."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from shakespeare_gpt.checkpoint import load_checkpoint, load_model
+from shakespeare_gpt.data import Text, load_text
+from shakespeare_gpt.model import GPT
+from shakespeare_gpt.presets import Preset, checkpoint_path, get_preset, start
+from shakespeare_gpt.train import TARGET, History, Step, default_device, progress_line
+
+BLUE, ORANGE, GREEN, RED, GREY = "#2b5c8a", "#d97b29", "#3c8d5a", "#b5383a", "#8a8a8a"
+WEIGHTS_VARIABLE = "SHAKESPEARE_GPT_WEIGHTS"
+FIGURES_VARIABLE = "SHAKESPEARE_GPT_FIGURES"
+
+
+def style() -> None:
+    """One look for every figure: legible at the width of a page, no clutter."""
+    plt.rcParams.update(
+        {
+            "figure.figsize": (8, 4),
+            "figure.dpi": 100,
+            "savefig.dpi": 120,
+            "figure.constrained_layout.use": True,
+            "font.size": 11,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.6,
+            "axes.axisbelow": True,
+            "axes.titlesize": 12,
+            "axes.titlelocation": "left",
+            "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, RED, GREY]),
+            "legend.frameon": False,
+        }
+    )
+
+
+def save(fig, name: str) -> None:
+    """Keep a figure as ``figures/NAME.png``; not in tests, where SHAKESPEARE_GPT_FIGURES is 0."""
+    if os.environ.get(FIGURES_VARIABLE) != "0" and get_preset().name != "smoke":
+        Path("figures").mkdir(exist_ok=True)
+        fig.savefig(Path("figures") / f"{name}.png", metadata={"Software": None})
+
+
+def watch(steps: Iterator[Step], every: float = 2.0) -> Step:
+    """Run a training generator to its end with a live plot; returns the last step.
+
+    In a notebook the picture and the line under it renew themselves every ``every`` seconds, and the last
+    state stays in the saved file. Elsewhere only the line is printed.
+    """
+    display = _display()
+    with closing(steps):
+        drawn, step = 0.0, None
+        for step in steps:
+            if step.done or time.monotonic() - drawn > every:
+                display(step)
+                drawn = time.monotonic()
+    plt.close("all")
+    return step
+
+
+def _display():
+    """A function that shows a step in place of the one before it."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        get_ipython = None
+    if get_ipython is None or get_ipython() is None:
+        return lambda step: print(progress_line(step), flush=True)
+    handles = []
+
+    def show(step: Step) -> None:
+        fig = loss_figure(step)
+        line = {"text/plain": progress_line(step) + (f"\n{step.message}" if step.message else "")}
+        if handles:
+            handles[0].update(fig)
+            handles[1].update(line, raw=True)
+        else:
+            handles.append(display(fig, display_id=True))
+            handles.append(display(line, raw=True, display_id=True))
+        plt.close(fig)
+
+    return show
+
+
+def loss_figure(step: Step, other: History | None = None, label: str = "") -> plt.Figure:
+    """The run so far: each batch's loss, the whole text's, the target; loss in nats, log scale."""
+    history = step.history
+    fig, ax = plt.subplots()
+    x = np.arange(1, len(history.losses) + 1)
+    ax.plot(x, history.losses, color=BLUE, linewidth=0.7, alpha=0.45, label="one batch")
+    n = max(1, len(x) // 60)
+    if len(x) > 3 * n:
+        smooth = np.convolve(history.losses, np.ones(n) / n, "valid")
+        ax.plot(
+            x[n - 1 :],
+            smooth,
+            color=BLUE,
+            linewidth=1.8,
+            label=f"mean of {n} batches" if n > 1 else None,
+        )
+    if history.text:
+        ax.plot(
+            *zip(*history.text, strict=True), "o", color=ORANGE, markersize=6, label="whole text"
+        )
+    ax.axhline(TARGET, color=RED, linewidth=1.2, linestyle="--", label=f"target {TARGET}")
+    ax.set(yscale="log", xlabel="step", ylabel="loss (nats per token)")
+    ax.set_ylim(min(0.05, min(history.losses) * 0.8), 14)
+    ax.set_title(
+        f"step {step.step}   {history.tokens / 1e6:.2f} million tokens   {step.tokens_per_second:,.0f} tokens/s   "
+        f"{history.seconds / 60:.1f} min, {step.seconds_left / 60:.1f} min left"
+    )
+    ax.legend(loc="lower left")
+    return fig
+
+
+def trained_model(preset: Preset | None = None, device=None) -> tuple[GPT, Text, dict]:
+    """A model that knows its text: (model, text, what the weights say about themselves).
+
+    The weights that SHAKESPEARE_GPT_WEIGHTS names, else the preset's checkpoint; where there is none, or
+    only an interrupted one, the preset is trained on the spot, with the live plot.
+    """
+    preset = preset or get_preset()
+    device = device or default_device()
+    if given := os.environ.get(WEIGHTS_VARIABLE):
+        model, meta = load_model(given, device)
+        return model, load_text(meta["text_name"], context=model.config.n_positions), meta
+    text = preset.load_text()
+    path = checkpoint_path(preset, text)
+    if not path.exists() or not load_checkpoint(path)["finished"]:
+        watch(start(preset, text, device=device))
+    model, meta = load_model(path, device)
+    return model, text, meta
