@@ -7,6 +7,7 @@ once, checked, kept in a cache), and takes any path to a text file of your own.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import sys
 import tempfile
@@ -109,7 +110,9 @@ def tiny_shakespeare() -> Path:
     if source and "://" not in source:
         path = Path(source).expanduser()
         if not path.is_file():
-            raise TextError(f"{SOURCE_VARIABLE} names {path}, which is no file: correct or unset it.")
+            raise TextError(
+                f"{SOURCE_VARIABLE} names {path}, which is no file: correct or unset it."
+            )
         if _sha256(path) != TINY_SHAKESPEARE_SHA256:
             raise TextError(
                 f"{SOURCE_VARIABLE} names {path}, which is not Tiny Shakespeare (its SHA-256 differs): "
@@ -154,11 +157,12 @@ def _download(url: str, path: Path, timeout: float = 20.0) -> None:
                 f"Set {SOURCE_VARIABLE} to another address or to a file."
             )
         os.replace(name, path)
-    except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         if isinstance(error, TextError):
             raise
+        reason = str(getattr(error, "reason", error)).strip()
         raise TextError(
-            f"Tiny Shakespeare could not be downloaded ({getattr(error, 'reason', error)}); nothing was "
+            f"Tiny Shakespeare could not be downloaded ({reason}); nothing was "
             f"kept. Try again, or set {SOURCE_VARIABLE} to another address or to a file."
         ) from None
     finally:

@@ -1,0 +1,397 @@
+"""The text: what input.txt promises, how texts are read, cut and fetched, and what is said when they cannot be."""
+
+import hashlib
+import http.server
+import re
+import socket
+import threading
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shakespeare_gpt import data
+from shakespeare_gpt.data import INPUT_TXT, TextError, load_text, tiny_shakespeare, windows
+from shakespeare_gpt.presets import get_preset
+from shakespeare_gpt.tokenizer import decode, encode
+
+INPUT = INPUT_TXT.read_text(encoding="utf-8")
+GOOD = b"First Citizen:\nWe are the right bytes.\n" * 4000  # stands for Tiny Shakespeare below
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    """The message of an error for users: one line, whole sentences."""
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("."), message
+    return message
+
+
+# --- input.txt --------------------------------------------------------------------------------------
+
+
+def test_input_is_long_enough():
+    """A short text is learnt too easily, and the numbers in the README would no longer hold."""
+    assert len(INPUT.encode("utf-8")) >= 60_000
+    assert len(encode(INPUT)) >= 16_000
+
+
+def test_input_has_tiny_shakespeares_layout():
+    """``NAME:`` on a line, the speech under it, one empty line between: who speaks is read from it."""
+    assert INPUT.endswith("\n") and not INPUT.endswith("\n\n")
+    assert "\r" not in INPUT and "\t" not in INPUT and "\n\n\n" not in INPUT
+    assert all(line == line.strip() for line in INPUT.split("\n"))
+    speakers = Counter()
+    for speech in INPUT.rstrip("\n").split("\n\n"):
+        head, *lines = speech.split("\n")
+        assert re.fullmatch(r"[A-Z][A-Za-z' ]*:", head), head
+        assert lines, f"{head} says nothing"
+        speakers[head] += 1
+    assert len(speakers) >= 8 and min(n for _, n in speakers.most_common(8)) >= 10
+
+
+def test_input_does_not_repeat_itself():
+    """A passage copied to make length is learnt for nothing: no 12 tokens occur twice outside a refrain.
+
+    A refrain is a line that comes again whole. The text is cut at such lines, and nothing that is left may
+    repeat; and since a copied passage would consist of such lines alone, they may make up very little.
+    """
+    lines = INPUT.split("\n")
+    spoken = Counter(line for line in lines if line and not line.endswith(":"))
+    again = {line for line, n in spoken.items() if n > 1}
+    share = sum(len(line) * spoken[line] for line in again) / len(INPUT)
+    assert share < 0.02
+    pieces = [[]]
+    for line in lines:
+        if line in again:
+            pieces.append([])
+        else:
+            pieces[-1].append(line)
+    runs = Counter()
+    for piece in pieces:
+        ids = encode("\n".join(piece))
+        runs.update(tuple(ids[i : i + 12]) for i in range(len(ids) - 11))
+    assert [decode(run) for run, n in runs.items() if n > 1] == []
+
+
+def test_input_is_as_dense_as_shakespeare(tiny_shakespeare_path):
+    """Templates and filler compress better than verse; within a tenth of Tiny Shakespeare is verse."""
+    ours = INPUT.encode("utf-8")
+    theirs = tiny_shakespeare_path.read_bytes()[: len(ours)]
+    assert len(zlib.compress(ours, 9)) > 0.9 * len(zlib.compress(theirs, 9))
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def test_load_input():
+    """A Text whose ids, text and fingerprint disagree would let weights claim the wrong text."""
+    text = load_text("input")
+    assert text.name == "input"
+    assert text.text == INPUT
+    assert text.ids.dtype == torch.int64 and text.ids.device.type == "cpu"
+    assert text.ids.tolist() == encode(INPUT)
+    assert text.sha256 == hashlib.sha256(INPUT_TXT.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("limit", [300, 600, 5000])
+def test_max_tokens_keeps_whole_lines(limit):
+    """Cut in the middle of a word, the text and its ids would differ."""
+    text = load_text("input", max_tokens=limit)
+    assert INPUT.startswith(text.text) and text.text.endswith("\n")
+    assert text.ids.tolist() == encode(text.text)
+    assert abs(len(text.ids) - limit) < 0.1 * limit
+
+
+def test_own_file_with_bom_and_windows_line_ends(tmp_path):
+    """Notepad's byte-order mark and line ends would become tokens of their own."""
+    path = tmp_path / "märchen.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + b"Es war einmal.\r\nUnd dann?\r\n" * 40)
+    text = load_text(path, context=32)
+    assert text.name == "märchen"
+    assert text.text == "Es war einmal.\nUnd dann?\n" * 40
+
+
+def test_own_file_from_the_home_folder(tmp_path, monkeypatch):
+    """A path with ~ in quotes reaches us as it is; the shell did not expand it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "poem.txt").write_text("A line of the poem.\n" * 80, encoding="utf-8")
+    assert load_text("~/poem.txt", context=32).name == "poem"
+
+
+BAD_FILES = {
+    "missing": (None, "does not exist"),
+    "empty": (b"", "is empty"),
+    "blank": (b" \n\n\t\n", "is empty"),
+    "latin1": ("Fünf Äpfel\n".encode("latin-1") * 99, "not UTF-8"),
+    "utf16": ("Five apples\n".encode("utf-16") * 99, "not UTF-8"),
+    "image": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9, "not UTF-8"),
+    "short": (b"Too short to learn.\n", "Give a longer text"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_unusable_files_say_what_to_do(tmp_path, kind):
+    """A traceback, or training on nothing, where a reader named the wrong file."""
+    content, expected = BAD_FILES[kind]
+    path = tmp_path / f"{kind}.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TextError) as error:
+        load_text(path)
+    message = one_line(error)
+    assert expected in message and path.name in message
+
+
+def test_a_folder_is_no_text(tmp_path):
+    """The operating system's own words (``Is a directory``) do not say what to do."""
+    with pytest.raises(TextError) as error:
+        load_text(tmp_path)
+    assert "folder" in one_line(error)
+
+
+def test_shortest_text_that_fits(tmp_path):
+    """Off by one at the limit: context + 1 tokens are one window, context tokens are none."""
+    path = tmp_path / "a.txt"
+    path.write_text(" a" * 33, encoding="utf-8")
+    assert len(load_text(path, context=32).ids) == 33
+    with pytest.raises(TextError, match="33"):
+        load_text(path, context=33)
+
+
+# --- windows ----------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 70).flatmap(lambda c: st.tuples(st.just(c), st.integers(c + 1, 400))))
+def test_windows_meet_each_target_once(sizes):
+    """A target lost or counted twice makes the whole-text mean the mean of something else."""
+    context, n = sizes
+    ids = torch.arange(n) * 3 + 1  # no id equals its own place
+    starts, x, y, counted = windows(ids, context)
+    assert x.shape == y.shape == counted.shape == (len(starts), context)
+    assert torch.equal(y[:, :-1], x[:, 1:])
+    assert torch.equal(x[:, 0], ids[starts])
+    assert sorted(y[counted].tolist()) == ids[1:].tolist()
+    assert counted[:-1].all()
+    assert int(starts.min()) == 0 and int(starts.max()) + context + 1 == n
+    assert len(starts) == -(-(n - 1) // context)  # no more windows than needed
+
+
+def test_windows_of_too_short_a_text():
+    """A negative start would wrap around and train on the text's end."""
+    with pytest.raises(TextError, match="8 tokens"):
+        windows(torch.arange(8), 8)
+
+
+# --- Tiny Shakespeare: from a server, a file, the cache ------------------------------------------------
+
+
+class Server:
+    """A local stand-in for the public address; ``replies`` is what it sends, ``asked`` how often."""
+
+    def __init__(self):
+        server = self
+        self.asked = 0
+        self.status, self.body, self.length, self.raw = 200, GOOD, None, None
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.asked += 1
+                if server.raw is not None:
+                    self.wfile.write(server.raw)
+                    return
+                self.send_response(server.status)
+                length = len(server.body) if server.length is None else server.length
+                self.send_header("Content-Length", str(length))
+                self.end_headers()
+                self.wfile.write(server.body)
+
+            def log_message(self, *args):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/input.txt"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server()
+    monkeypatch.setattr(data, "TINY_SHAKESPEARE_URL", server.url)
+    monkeypatch.setattr(data, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(GOOD).hexdigest())
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    folder = tmp_path / "deep" / "cache"
+    monkeypatch.setenv(data.CACHE_VARIABLE, str(folder))
+    return folder
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.rglob("*")) if folder.exists() else []
+
+
+def test_download_is_kept_and_used_again(server, cache):
+    """Fetching at every start is slow, and fails on the train."""
+    text = load_text("tinyshakespeare")
+    assert text.name == "tinyshakespeare" and text.text.encode() == GOOD
+    assert files_in(cache) == ["tinyshakespeare.txt"]
+    load_text("tinyshakespeare")
+    assert server.asked == 1
+
+
+def test_damaged_cache_is_fetched_anew(server, cache):
+    """A file in the cache that something else damaged must not be learnt."""
+    cache.mkdir(parents=True)
+    (cache / "tinyshakespeare.txt").write_bytes(GOOD[:-1])
+    assert tiny_shakespeare().read_bytes() == GOOD
+    assert files_in(cache) == ["tinyshakespeare.txt"]
+
+
+FAILURES = {
+    "wrong bytes": ({"body": b"<html>Log in to the hotel's network</html>"}, "SHA-256 differs"),
+    "truncated": ({"body": GOOD[:70_000], "length": len(GOOD)}, "nothing was kept"),
+    "404": ({"status": 404}, "Not Found"),
+    "500": ({"status": 500}, "Internal Server Error"),
+    "not http": ({"raw": b"220 mail.example ESMTP\r\n"}, "could not be downloaded"),
+    "closed": ({"raw": b""}, "could not be downloaded"),
+    "chunk cut short": (
+        {"raw": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\nFirst"},
+        "nothing was kept",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_failed_download_leaves_nothing(server, cache, kind):
+    """Half a file in the cache would be learnt by the next run; a traceback says nothing to a reader."""
+    reply, expected = FAILURES[kind]
+    for name, value in reply.items():
+        setattr(server, name, value)
+    with pytest.raises(TextError) as error:
+        tiny_shakespeare()
+    message = one_line(error)
+    assert expected in message and data.SOURCE_VARIABLE in message
+    assert files_in(cache) == []
+
+
+def test_refused_connection(cache, monkeypatch):
+    """No network at all is the usual case on a train: say so, and what can be done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(data, "TINY_SHAKESPEARE_URL", f"http://127.0.0.1:{port}/input.txt")
+    with pytest.raises(TextError) as error:
+        tiny_shakespeare()
+    assert "refused" in one_line(error)
+    assert files_in(cache) == []
+
+
+@pytest.mark.parametrize("url", ["nonsense://x", "http://", "http://127.0.0.1:port/a b"])
+def test_nonsense_address(cache, monkeypatch, url):
+    """A mistyped address raises half a dozen kinds of error inside the library."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv(data.SOURCE_VARIABLE, url)
+    with pytest.raises(TextError) as error:
+        tiny_shakespeare()
+    one_line(error)
+    assert files_in(cache) == []
+
+
+def test_interrupted_download_leaves_nothing(server, cache, monkeypatch):
+    """Ctrl-C during the download must not leave its temporary file."""
+
+    def interrupt(done, size):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "_progress", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_shakespeare()
+    assert files_in(cache) == []
+
+
+def test_variable_names_another_address(server, cache, monkeypatch):
+    """Machines behind a wall have a mirror of their own."""
+    monkeypatch.setattr(data, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/unused")
+    monkeypatch.setenv(data.SOURCE_VARIABLE, server.url)
+    assert tiny_shakespeare().read_bytes() == GOOD
+
+
+def test_variable_names_a_file(server, cache, monkeypatch, tmp_path):
+    """A file that is already here needs no network and no copy."""
+    path = tmp_path / "mine.txt"
+    path.write_bytes(GOOD)
+    monkeypatch.setenv(data.SOURCE_VARIABLE, str(path))
+    assert tiny_shakespeare() == path
+    assert server.asked == 0 and files_in(cache) == []
+
+
+@pytest.mark.parametrize("content", [None, b"another text"])
+def test_variable_names_a_wrong_file(server, monkeypatch, tmp_path, content):
+    """To learn another text under Tiny Shakespeare's name would make every number a lie."""
+    path = tmp_path / "mine.txt"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setenv(data.SOURCE_VARIABLE, str(path))
+    with pytest.raises(TextError) as error:
+        tiny_shakespeare()
+    assert data.SOURCE_VARIABLE in one_line(error) and str(path) in str(error.value)
+    assert server.asked == 0
+
+
+@pytest.mark.parametrize("where", ["", "below"])
+def test_cache_that_cannot_be_written(server, monkeypatch, tmp_path, where):
+    """A read-only home must be told apart from a network that fails."""
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    monkeypatch.setenv(data.CACHE_VARIABLE, str(tmp_path / "file" / where))
+    with pytest.raises(TextError) as error:
+        tiny_shakespeare()
+    assert data.CACHE_VARIABLE in one_line(error)
+    assert server.asked == 0
+
+
+def test_the_copy_at_hand_is_the_known_text(tiny_shakespeare_path, monkeypatch):
+    """The fingerprint in the code must be that of the text everybody means."""
+    monkeypatch.setenv(data.SOURCE_VARIABLE, str(tiny_shakespeare_path))
+    text = load_text("tinyshakespeare")
+    assert len(text.text) == 1_115_394 and len(text.ids) == 338_025
+    assert text.sha256 == data.TINY_SHAKESPEARE_SHA256
+
+
+# --- what a preset makes of it ----------------------------------------------------------------------
+
+
+def test_preset_says_what_it_uses_instead(server, capsys):
+    """Without a network the big preset must go on with input.txt, and say so."""
+    server.status = 404
+    text = get_preset("gpt2").load_text()
+    assert text.name == "input"
+    assert "input.txt" in capsys.readouterr().out
+
+
+def test_preset_does_not_replace_what_was_asked_for(server, monkeypatch, tmp_path):
+    """Whoever names a text must get that text or an error, never another one."""
+    server.status = 404
+    with pytest.raises(TextError):
+        get_preset("gpt2").load_text("tinyshakespeare")
+    monkeypatch.setenv("SHAKESPEARE_GPT_TEXT", str(tmp_path / "missing.txt"))
+    with pytest.raises(TextError):
+        get_preset("gpt2").load_text()
+
+
+def test_preset_takes_the_text_of_the_variable(monkeypatch, tmp_path):
+    """A limit meant for the preset's own text must not cut the reader's."""
+    path = tmp_path / "mine.txt"
+    path.write_text("A line of my own.\n" * 500, encoding="utf-8")
+    monkeypatch.setenv("SHAKESPEARE_GPT_TEXT", str(path))
+    text = get_preset("smoke").load_text()
+    assert text.name == "mine" and text.text.count("\n") == 500
