@@ -44,7 +44,9 @@ class KVCache:
     Two buffers of fixed size, (n_layer, B, nh, n_positions, hs); ``length`` says how much is filled.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int = 1, *, device="cpu", dtype=torch.float32):
+    def __init__(
+        self, config: GPTConfig, batch_size: int = 1, *, device="cpu", dtype=torch.float32
+    ):
         hs = config.n_embd // config.n_head
         shape = (config.n_layer, batch_size, config.n_head, config.n_positions, hs)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -68,7 +70,9 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
+        self.c_attn = nn.Linear(
+            config.n_embd, 3 * config.n_embd
+        )  # query, key and value in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor, int] | None = None) -> Tensor:
@@ -88,7 +92,9 @@ class CausalSelfAttention(nn.Module):
                 # Row i is the token at position length + i: it sees everything up to itself.
                 mask = torch.ones(T, length + T, dtype=torch.bool, device=x.device).tril(length)
         # softmax(q k^T / sqrt(hs)) v, with the upper triangle masked out
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1
+        )
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -126,10 +132,12 @@ class GPT(nn.Module):
         """Random weights as GPT-2's, drawn from ``generator`` (a fixed seed 0 where there is none)."""
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        with torch.device("meta"):  # so that torch's own initialisation draws no random numbers
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+            self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.ln_f = nn.LayerNorm(config.n_embd)
+        self.to_empty(device=torch.get_default_device())
         self._init_weights(generator or torch.Generator().manual_seed(0))
 
     @torch.no_grad()
@@ -258,7 +266,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                     logits[:, V:] = float("-inf")
                 probs = torch.softmax(logits, 1, dtype=torch.float32)
                 label = y.clamp(min=0)[:, None]
-                total = total - (probs.gather(1, label).log() * keep).sum()
+                # A probability too small for fp32 must not make the loss infinite: 87 nats is enough.
+                p = probs.gather(1, label).clamp(min=torch.finfo(torch.float32).tiny)
+                total = total - (p.log() * keep).sum()
                 if needs_grad:
                     # softmax - onehot; the mean's 1/n comes last, where fp16 cannot flush it to zero
                     probs.scatter_add_(1, label, torch.full_like(label, -1, dtype=probs.dtype))
@@ -281,4 +291,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, mean = ctx.saved_tensors
         scale = grad_output * mean
         to_hidden, to_weight = ctx.dtypes
-        return (grad_hidden * scale).to(to_hidden), (grad_weight * scale).to(to_weight), None, None, None
+        return (
+            (grad_hidden * scale).to(to_hidden),
+            (grad_weight * scale).to(to_weight),
+            None,
+            None,
+            None,
+        )
