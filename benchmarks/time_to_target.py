@@ -59,8 +59,7 @@ def measure(name: str, seed: int, source: str | None, out: Path, device: torch.d
     head = log_head(name, text.name, text.sha256, config, device)
     steps = train(model, text.ids, config, device=device)
     began = time.perf_counter()
-    for step in logged(steps, out / f"{name}-{seed}.log", head):
-        pass
+    *_, step = logged(steps, out / f"{name}-{seed}.log", head)
     seconds = time.perf_counter() - began
     history = step.history
     batch = config.batch_size * preset.model.n_positions

@@ -43,7 +43,10 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.replace(name, path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # torch's zip writer reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(
             f"The checkpoint {path} could not be written ({reason}): free some disk space. "
@@ -62,19 +65,24 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
         raise CheckpointError(f"There is no checkpoint {path}: train first (notebook 03).")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for a file that is not a checkpoint
+    except (
+        Exception
+    ) as error:  # torch raises half a dozen types for a file that is not a checkpoint
         raise CheckpointError(
             f"{path} is not a readable checkpoint ({type(error).__name__}): delete it and train again."
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a checkpoint of another program: name one of this project's.")
+        raise CheckpointError(
+            f"{path} is a checkpoint of another program: name one of this project's."
+        )
     return state
 
 
 def to_openai(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our weights under transformers' names and in OpenAI's (in, out) layout; for the way back, see below."""
     return {
-        PREFIX + name: (w.T if name.endswith(TRANSPOSED) else w).contiguous() for name, w in state.items()
+        PREFIX + name: (w.T if name.endswith(TRANSPOSED) else w).contiguous()
+        for name, w in state.items()
     }
 
 
@@ -123,7 +131,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, in
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config, meta = json.loads(header["config"]), json.loads(header["meta"])
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}): export it again.") from None
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}): export it again."
+        ) from None
     except (KeyError, ValueError):
         raise CheckpointError(
             f"{path} lacks this project's metadata: export it again with shakespeare_gpt.export."
@@ -136,7 +146,9 @@ def safetensors_header(config: GPTConfig, meta: dict[str, Any]) -> dict[str, str
     return {"format": "pt", "config": json.dumps(asdict(config)), "meta": json.dumps(meta)}
 
 
-def latest_checkpoint(folder: str | os.PathLike = "checkpoints", pattern: str = "*.pt") -> Path | None:
+def latest_checkpoint(
+    folder: str | os.PathLike = "checkpoints", pattern: str = "*.pt"
+) -> Path | None:
     """The newest checkpoint of a folder, None where there is none."""
     found = [p for p in Path(folder).glob(pattern) if not p.name.startswith(".")]
     return max(found, key=lambda p: p.stat().st_mtime, default=None)

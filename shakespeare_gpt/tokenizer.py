@@ -31,7 +31,9 @@ WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 @functools.cache
 def get_encoding() -> tiktoken.Encoding:
     """The ``gpt2`` encoding: 50,256 byte sequences by rank and ``<|endoftext|>``."""
-    lines = VOCAB_FILE.read_bytes().splitlines()  # each line: the bytes in base64, a space, the rank
+    lines = (
+        VOCAB_FILE.read_bytes().splitlines()
+    )  # each line: the bytes in base64, a space, the rank
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     return tiktoken.Encoding(
         name="gpt2",
