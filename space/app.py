@@ -1,0 +1,882 @@
+"""The page on which one talks to the model, and its API. Start it with: python app.py
+
+Beside this file lie model.safetensors, text.txt and the package shakespeare_gpt; nothing is downloaded. All
+that people type and all that the model writes is escaped before it becomes part of the page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import math
+import os
+import random
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(p) for p in (HERE, HERE.parent) if (p / "shakespeare_gpt").is_dir()][:1]
+
+import gradio as gr  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from shakespeare_gpt.checkpoint import CheckpointError, load_model  # noqa: E402
+from shakespeare_gpt.data import Text, TextError, load_text  # noqa: E402
+from shakespeare_gpt.generate import (  # noqa: E402
+    Draft,
+    GenerationStats,
+    fast_copy,
+    generate,
+    stream_text,
+)
+from shakespeare_gpt.recite import Source, first_difference  # noqa: E402
+from shakespeare_gpt.tokenizer import VOCAB_SIZE, decode, token_bytes  # noqa: E402
+
+MAX_PROMPT = 2_000  # characters; the model sees at most its context of them anyway
+MAX_LENGTH = 400  # tokens in one answer
+MAX_RECITAL = 200
+GIVEN = 32  # tokens of the text that it hears before it recites, as in recite.exact_recall
+AT_ONCE = 2  # answers that are written at the same time, taking turns; one alone would leave gaps
+WAITING = 16  # requests that may wait; whoever comes after them is told so
+EVERY = 0.05  # seconds between two looks at a growing text
+
+TITLES = {"input": "The Warden of Skerrow", "tinyshakespeare": "Tiny Shakespeare"}
+SPEECH = re.compile(r"(?:\A\s*|\n[ \t]*\n)([^\n:]{1,60}):[ \t]*\n([^\n]*\w[^\n]*)")
+
+
+# ---------------------------------------------------------------------------- the model
+
+
+def cores() -> int:
+    """The processors that are really ours: a container often sees all of its host's."""
+    given = os.environ.get("CPU_CORES", "")  # set by Hugging Face
+    if given.isdecimal() and int(given):
+        return int(given)
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count or 1
+
+
+@dataclass
+class Play:
+    """A model, the text that it learnt, and the one thread in which it computes.
+
+    Each request has its own cache and random numbers. Their tokens are computed one after the other in a
+    single thread, which takes all cores for each: requests take turns token by token, in the order in which
+    they ask, and never fight over the cores.
+    """
+
+    model: Any
+    text: Text
+    meta: dict[str, Any]
+    reason: str  # why the weights are kept in the format they are in
+    source: Source = field(init=False)
+    draft: Draft = field(init=False)
+
+    def __post_init__(self):
+        self.source, self.draft = Source(self.text), Draft(self.text.ids)
+        sizes = np.array([len(token_bytes(i)) for i in self.text.ids.tolist()], dtype=np.int64)
+        self.edges = np.concatenate([[0], np.cumsum(sizes)])  # bytes before each token
+        self.lines = self.text.text.split("\n")
+        self.line_ends = np.cumsum([len(line.encode("utf-8")) + 1 for line in self.lines]) - 1
+        self._worker = ThreadPoolExecutor(
+            1, "model", initializer=torch.set_num_threads, initargs=(cores(),)
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Play:
+        """Read a staged folder. Raises CheckpointError and TextError: there are no random weights here."""
+        model, meta = load_model(folder / "model.safetensors")
+        if model.config.vocab_size != VOCAB_SIZE:
+            raise CheckpointError(
+                f"model.safetensors has a vocabulary of {model.config.vocab_size} tokens, the tokenizer "
+                f"{VOCAB_SIZE}: these are not this project's weights."
+            )
+        text = load_text(folder / "text.txt", context=1)
+        if meta.get("text_sha256") not in (None, text.sha256):
+            raise TextError(
+                "text.txt is not the text that these weights learnt (its SHA-256 differs): stage the Space again."
+            )
+        model, reason = fast_copy(model)
+        play = cls(model, text, meta, reason)
+        list(play.each(generate(model, [198], max_new_tokens=2)))  # the first call sets things up
+        return play
+
+    def each(self, iterator: Iterator) -> Iterator:
+        """The items of ``iterator``, computed in the model's thread and only when they are asked for."""
+        end = object()
+        try:
+            while (item := self._worker.submit(next, iterator, end).result()) is not end:
+                yield item
+        finally:
+            self._worker.submit(iterator.close).result()
+
+    @property
+    def title(self) -> str:
+        name = str(self.meta.get("text_name", "its text"))
+        return TITLES.get(name, name)
+
+    def speeches(self) -> list[tuple[str, int, str]]:
+        """(speaker, line number, the line): the first line of each speech; of each paragraph in prose."""
+        found = [
+            (m[1], self.text.text.count("\n", 0, m.start(2)) + 1, m[2].strip())
+            for m in SPEECH.finditer(self.text.text)
+        ]
+        if len(found) < 2:
+            found = [("", n, line.strip()) for n, line in enumerate(self.lines, 1) if line.strip()]
+        last = len(self.lines) - 3  # something must be left to recite
+        return [speech for speech in found if speech[1] < last] or found[:1]
+
+
+def spread(items: list, count: int) -> list:
+    """At most ``count`` of the items, evenly spaced."""
+    return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
+
+
+# ---------------------------------------------------------------------------- what comes in
+
+
+def number(value: Any, low: float, high: float, default: float) -> float:
+    """A number between ``low`` and ``high``, whatever was sent; ``default`` for what is none."""
+    try:
+        value = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return default
+    return default if math.isnan(value) else min(max(value, low), high)
+
+
+def check_prompt(prompt: Any) -> str:
+    """The prompt as text that can be shown. Raises ValueError with a line for the reader."""
+    prompt = "" if prompt is None else prompt
+    if not isinstance(prompt, str):
+        raise ValueError("The prompt must be text.")
+    if len(prompt) > MAX_PROMPT:
+        raise ValueError(
+            f"This prompt has {len(prompt):,} characters; the limit is {MAX_PROMPT:,}. "
+            "The model sees only the last few hundred words: send those."
+        )
+    prompt = re.sub("[\ud800-\udfff]", "\ufffd", prompt)  # half a character, which no page can show
+    return prompt.replace("\r\n", "\n").replace("\0", "\ufffd")
+
+
+# ---------------------------------------------------------------------------- what goes on
+
+
+@dataclass
+class Answer:
+    """A continuation, as far as it has come."""
+
+    prompt: str
+    seed: int
+    text: str = ""
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    done: bool = False
+
+
+def continue_prompt(
+    play: Play, prompt, length, temperature, top_k, top_p, seed, stopped: Callable[[], bool] = bool
+) -> Iterator[Answer]:
+    """Write on from a prompt; yields the same growing Answer, at once at the first token, then by the clock.
+
+    Every input is checked and clamped here, whoever sent it. ``stopped`` is asked before each token. Raises
+    ValueError with a line for the reader.
+    """
+    answer = Answer(check_prompt(prompt), seed=random.SystemRandom().randrange(2**31))
+    if seed is not None and seed != "":
+        answer.seed = int(number(seed, 0, 2**53, answer.seed))
+    pieces = stream_text(
+        play.model,
+        answer.prompt,
+        max_new_tokens=int(number(length, 1, MAX_LENGTH, 160)),
+        temperature=number(temperature, 0.0, 2.0, 0.8),
+        top_k=int(number(top_k, 0, 1000, 0)),
+        top_p=number(top_p, 0.01, 1.0, 1.0),
+        seed=answer.seed,
+        draft=play.draft,
+        stats=answer.stats,
+    )
+    shown = 0.0
+    with contextlib.closing(play.each(pieces)) as pieces:
+        for piece in pieces:
+            answer.text += piece
+            if stopped():
+                break
+            if time.monotonic() - shown >= EVERY:
+                yield answer
+                shown = time.monotonic()
+    answer.done = True
+    yield answer
+
+
+@dataclass
+class Recital:
+    """What the text says after a line, and what the model says."""
+
+    line: int
+    given: str
+    truth: list[int]  # token ids
+    told: list[int] = field(default_factory=list)
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    done: bool = False
+
+    @property
+    def difference(self) -> int | None:
+        """The index of the first token that differs, None as long as there is none."""
+        return first_difference(self.truth[: len(self.told)], self.told)
+
+    @property
+    def matching(self) -> int:
+        return len(self.told) if self.difference is None else self.difference
+
+
+def recite_line(play: Play, line, tokens, stopped: Callable[[], bool] = bool) -> Iterator[Recital]:
+    """Let the model hear a line of the text (numbers from 1) and what stands before it, and go on greedily."""
+    line = int(number(line, 1, len(play.lines), 1))
+    ids = play.text.ids.tolist()
+    # The token boundary at the line's end; the last token is always left to recite.
+    end = int(np.searchsorted(play.edges, play.line_ends[line - 1]))
+    end = min(max(end, 1), len(ids) - 1)
+    tokens = int(number(tokens, 1, MAX_RECITAL, 80))
+    given = ids[max(0, end - min(GIVEN, play.model.config.n_positions // 2)) : end]
+    recital = Recital(line, decode(given), ids[end : end + tokens])
+    told = generate(
+        play.model,
+        given,
+        max_new_tokens=len(recital.truth),
+        temperature=0.0,
+        draft=play.draft,
+        stats=recital.stats,
+    )
+    shown = 0.0
+    with contextlib.closing(play.each(told)) as told:
+        for token in told:
+            recital.told.append(token)
+            if stopped():
+                break
+            if time.monotonic() - shown >= EVERY:
+                yield recital
+                shown = time.monotonic()
+    recital.done = True
+    yield recital
+
+
+# ---------------------------------------------------------------------------- what is shown
+
+
+def esc(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _lines(text: str, at_start: bool) -> str:
+    """Escaped text in which the names of speakers, each alone on a line with a colon, are set apart."""
+    parts = []
+    for i, line in enumerate(text.split("\n")):
+        name = re.fullmatch(r"[^\n:]{1,60}:", line) if i or at_start else None
+        parts.append(f'<b class="who">{esc(line)}</b>' if name else esc(line))
+    return "\n".join(parts)
+
+
+def leaf(play: Play, answer: Answer) -> str:
+    """The page with the prompt and its continuation, quotations marked, and where they stand under it."""
+    body, notes, before = [], [], answer.prompt
+    for piece, span in play.source.segments(answer.text):
+        inner = _lines(piece, not before or before.endswith("\n"))
+        if span is None:
+            body.append(inner)
+        else:
+            where = f"{span.speaker}, line {span.line:,}" if span.speaker else f"line {span.line:,}"
+            words = len(piece.split())
+            notes.append(
+                f"<li><b>{esc(where)}</b> <span>{words} word{'s' * (words != 1)}</span></li>"
+            )
+            body.append(f'<mark title="{esc(where)}">{inner}</mark><sup>{len(notes)}</sup>')
+        before = piece or before
+    caret = "" if answer.done else '<span class="caret"></span>'
+    prompt = _lines(answer.prompt, True)
+    under = f'<ol class="places">{"".join(notes)}</ol>' if notes else ""
+    if answer.done and not notes:
+        under = '<p class="places none">Nothing here is quoted: no eight tokens in a row stand in the text.</p>'
+    elif notes:
+        under = f'<p class="places-head">Word for word in {esc(play.title)}</p>{under}'
+    return (
+        f'<div class="leaf"><span class="given">{prompt}</span>{"".join(body)}{caret}</div>{under}'
+    )
+
+
+def quoted_share(play: Play, text: str) -> float:
+    """The share of a text's characters, without white space, that stand in quotations."""
+    total = len("".join(text.split()))
+    spans = play.source.spans(text)
+    return sum(len("".join(text[s.start : s.end].split())) for s in spans) / total if total else 0.0
+
+
+def figures(*pairs: tuple[str, str]) -> str:
+    return (
+        '<div class="figures">'
+        + "".join(f"<span><b>{esc(value)}</b> {esc(what)}</span>" for value, what in pairs)
+        + "</div>"
+    )
+
+
+def answer_figures(play: Play, answer: Answer) -> str:
+    stats = answer.stats
+    pairs = [(f"{stats.tokens}", "tokens"), (f"{stats.tokens_per_second:.0f}", "tokens/s")]
+    if stats.first_token_seconds is not None:
+        pairs.append((f"{stats.first_token_seconds:.2f} s", "to the first"))
+    if stats.proposed:
+        pairs.append((f"{stats.acceptance_rate:.0%}", "of guesses accepted"))
+    pairs += [(f"{quoted_share(play, answer.text):.0%}", "quoted"), (f"{answer.seed}", "seed")]
+    return figures(*pairs)
+
+
+def versus(play: Play, recital: Recital) -> str:
+    """The original and the recital side by side, the first difference marked in both."""
+    n = recital.matching
+
+    def side(ids: list[int], heading: str, kind: str) -> str:
+        marked, rest = ids[n : n + 1], ids[n + 1 :]
+        if recital.difference is None:
+            marked, rest = [], ids[n:]
+        text = _lines(decode(ids[:n]), False)
+        if marked:
+            word = decode(marked)
+            # A blank of its own would be an invisible mark.
+            shown = word if word.strip() else word.replace("\n", "\u21b5\n").replace(" ", "\u2423")
+            text += f'<mark class="wrong">{esc(shown)}</mark>'
+        text += f'<span class="after">{esc(decode(rest))}</span>'
+        return f'<section class="{kind}"><h4>{heading}</h4><div class="leaf">{text}</div></section>'
+
+    given = (
+        f'<div class="leaf heard"><span class="given">{_lines(recital.given, False)}</span></div>'
+    )
+    return (
+        f'<p class="places-head">It hears what leads up to line {recital.line:,}</p>{given}'
+        f'<div class="versus">{side(recital.truth, "The original", "original")}'
+        f"{side(recital.told, 'The model, from memory', 'recital')}</div>"
+    )
+
+
+def recital_figures(recital: Recital) -> str:
+    stats, n = recital.stats, recital.matching
+    pairs = [(f"{n} of {len(recital.truth)}", "tokens word for word")]
+    if recital.difference is not None:
+        pairs.append((f"token {n + 1}", "is the first that differs"))
+    elif recital.done and n == len(recital.truth):
+        pairs.append(("No", "difference"))
+    pairs.append((f"{stats.tokens_per_second:.0f}", "tokens/s"))
+    if stats.proposed:
+        pairs.append((f"{stats.acceptance_rate:.0%}", "of guesses accepted"))
+    return figures(*pairs)
+
+
+def notice(text: str, kind: str = "") -> str:
+    return f'<p class="notice {kind}">{esc(text)}</p>' if text else ""
+
+
+def about(play: Play) -> str:
+    """What this model is, from the metadata of its weights and from what was measured at the start."""
+    meta, config = play.meta, play.model.config
+
+    def known(name: str, form: str, scale: float = 1.0) -> str | None:
+        value = meta.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        return form.format(value * scale)
+
+    parameters = known("parameters", "{:.1f} million", 1e-6) or "unknown"
+    steps = [
+        known("steps", "{:,} steps"),
+        known("tokens", "{:,} tokens"),
+        known("passes", "{:.1f} passes"),
+    ]
+    loss = known("loss", "{:.4f} nats per token, over the whole text")
+    rows = [
+        ("Text", f"{play.title}: {len(play.text.ids):,} tokens"),
+        ("Parameters", parameters),
+        (
+            "Architecture",
+            f"GPT-2, {config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, "
+            f"a context of {config.n_positions} tokens",
+        ),
+        ("Trained for", ", ".join(step for step in steps if step) or "unknown"),
+        ("Loss", loss or "unknown"),
+    ]
+    if isinstance(meta.get("device"), str):
+        rows.append(("Trained on", meta["device"]))
+    if meta.get("finished") is False:
+        rows.append(("Note", "The training was not finished when these weights were exported."))
+    rows.append(("Here", f"{cores()} CPU core{'s' * (cores() != 1)}. {play.reason}"))
+    items = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in rows)
+    return f'<div class="about"><h3>What this model is</h3><dl>{items}</dl></div>'
+
+
+# ---------------------------------------------------------------------------- the look
+
+
+class Folio(gr.themes.Base):
+    """Ink on paper by day, candlelight by night. The fonts come with Gradio: nothing is fetched."""
+
+    def __init__(self):
+        super().__init__(
+            primary_hue=gr.themes.colors.red,
+            neutral_hue=gr.themes.colors.stone,
+            radius_size=gr.themes.sizes.radius_sm,
+            font=(gr.themes.LocalFont("Source Sans 3"), "ui-sans-serif", "system-ui", "sans-serif"),
+        )
+        paper, sheet, ink, faded, rule, accent = (
+            "#f6f1e6", "#fffdf8", "#2b2521", "#6d6156", "#e2d8c5", "#7d2e2b",
+        )  # fmt: skip
+        night, sheet_night, ink_night, faded_night, rule_night, accent_night = (
+            "#171412", "#211d1a", "#ece3d5", "#ada08f", "#3b342d", "#9f443c",
+        )  # fmt: skip
+        super().set(
+            body_background_fill=paper,
+            body_background_fill_dark=night,
+            body_text_color=ink,
+            body_text_color_dark=ink_night,
+            body_text_color_subdued=faded,
+            body_text_color_subdued_dark=faded_night,
+            background_fill_primary=sheet,
+            background_fill_primary_dark=sheet_night,
+            background_fill_secondary=paper,
+            background_fill_secondary_dark=night,
+            border_color_primary=rule,
+            border_color_primary_dark=rule_night,
+            border_color_accent=accent,
+            border_color_accent_dark="#d98a7e",
+            color_accent=accent,
+            color_accent_soft="#f0dfd3",
+            color_accent_soft_dark="#3a2723",
+            block_background_fill=sheet,
+            block_background_fill_dark=sheet_night,
+            block_border_color=rule,
+            block_border_color_dark=rule_night,
+            block_border_width="1px",
+            block_shadow="none",
+            block_shadow_dark="none",
+            block_label_background_fill="transparent",
+            block_label_background_fill_dark="transparent",
+            block_label_border_width="0px",
+            block_label_text_color=faded,
+            block_label_text_color_dark=faded_night,
+            block_title_text_color=faded,
+            block_title_text_color_dark=faded_night,
+            block_title_text_weight="600",
+            block_info_text_color=faded,
+            block_info_text_color_dark=faded_night,
+            input_background_fill="#fbf8f1",
+            input_background_fill_dark="#1b1815",
+            input_border_color=rule,
+            input_border_color_dark=rule_night,
+            input_border_color_focus="#b58a7d",
+            input_border_color_focus_dark="#8a5a50",
+            input_shadow="none",
+            input_shadow_focus="none",
+            input_shadow_dark="none",
+            input_shadow_focus_dark="none",
+            slider_color=accent,
+            slider_color_dark="#c9665a",
+            button_primary_background_fill=accent,
+            button_primary_background_fill_dark=accent_night,
+            button_primary_background_fill_hover="#93403b",
+            button_primary_background_fill_hover_dark="#b4534a",
+            button_primary_text_color="#fff8ee",
+            button_primary_text_color_dark="#fff8ee",
+            button_primary_border_color=accent,
+            button_primary_border_color_dark=accent_night,
+            button_secondary_background_fill=sheet,
+            button_secondary_background_fill_dark=sheet_night,
+            button_secondary_background_fill_hover="#f0e8d8",
+            button_secondary_background_fill_hover_dark="#2c2622",
+            button_secondary_border_color=rule,
+            button_secondary_border_color_dark=rule_night,
+            button_secondary_text_color=ink,
+            button_secondary_text_color_dark=ink_night,
+            link_text_color=accent,
+            link_text_color_dark="#e0a296",
+        )
+
+
+CSS = """
+:root { --ink: #2b2521; --faded: #6d6156; --rule: #e2d8c5; --sheet: #fffdf8; --accent: #7d2e2b;
+  --gold: #f6e6b8; --gold-line: #c79a33; --wrong: #f3cfc6; --wrong-line: #a8332a; }
+.dark { --ink: #ece3d5; --faded: #ada08f; --rule: #3b342d; --sheet: #211d1a; --accent: #e0a296;
+  --gold: #4a3c1c; --gold-line: #c79a33; --wrong: #5a2b25; --wrong-line: #e58575; }
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+.masthead { text-align: center; padding: 18px 8px 6px; }
+.masthead h1 { font-family: Lora, Georgia, serif; font-weight: 600; font-size: clamp(30px, 5vw, 44px);
+  letter-spacing: .01em; margin: 0; color: var(--ink); line-height: 1.15; }
+.masthead p { color: var(--faded); margin: 8px auto 0; max-width: 38em; font-size: 16px; line-height: 1.5; }
+.masthead hr { width: 72px; border: 0; border-top: 2px solid var(--accent); margin: 14px auto 0; }
+.masthead mark, .leaf mark { background: var(--gold); color: inherit; border-bottom: 2px solid var(--gold-line);
+  padding: 1px 0; border-radius: 2px; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
+.prompt-box textarea { font-family: Lora, Georgia, serif !important; font-size: 17px !important;
+  line-height: 1.6 !important; }
+.leaf { font-family: Lora, Georgia, serif; font-size: 17px; line-height: 1.72; white-space: pre-wrap;
+  overflow-wrap: anywhere; color: var(--ink); background: var(--sheet); border: 1px solid var(--rule);
+  border-radius: 4px; padding: 22px 26px; min-height: 180px; }
+.leaf .given { color: var(--faded); }
+.leaf .who { font-weight: 600; letter-spacing: .05em; font-size: .92em; color: var(--accent); }
+.leaf .given .who { opacity: .8; }
+.leaf mark .who { color: inherit; }
+.leaf sup { font-family: "Source Sans 3", sans-serif; font-size: 11px; font-weight: 600; color: var(--accent);
+  padding: 0 2px; line-height: 0; }
+.leaf mark.wrong { background: var(--wrong); border-bottom-color: var(--wrong-line); font-weight: 600; }
+.leaf .after { color: var(--faded); opacity: .75; }
+.leaf.heard { min-height: 0; padding: 14px 26px; font-size: 16px; }
+.leaf.empty { color: var(--faded); font-style: italic; }
+.caret { display: inline-block; width: 2px; height: 1.05em; vertical-align: -3px; background: var(--accent);
+  margin-left: 2px; animation: caret 1s steps(2) infinite; }
+@keyframes caret { 50% { opacity: 0; } }
+.places-head { font-size: 13px; letter-spacing: .04em; color: var(--faded); margin: 14px 2px 4px; }
+ol.places { list-style: none; counter-reset: place; display: flex; flex-wrap: wrap; gap: 4px 20px;
+  margin: 0 2px; padding: 0; font-size: 14px; color: var(--faded); }
+ol.places li { counter-increment: place; margin: 0; }
+ol.places li::before { content: counter(place); color: var(--accent); font-weight: 600; font-size: 12px;
+  margin-right: 5px; vertical-align: 2px; }
+ol.places b { color: var(--ink); font-weight: 600; }
+p.places.none { font-size: 14px; color: var(--faded); margin: 12px 2px 0; }
+.figures { display: flex; flex-wrap: wrap; gap: 4px 22px; font-size: 14px; color: var(--faded); padding: 2px; }
+.figures b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
+.notice { font-size: 15px; padding: 10px 14px; margin: 0; border-left: 3px solid var(--gold-line);
+  background: var(--sheet); color: var(--ink); border-radius: 2px; }
+.notice.bad { border-left-color: var(--wrong-line); }
+.versus { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; margin-top: 12px; }
+.versus h4 { font-size: 13px; letter-spacing: .04em; font-weight: 600; color: var(--faded); margin: 0 2px 6px; }
+.about h3 { font-family: Lora, Georgia, serif; font-size: 18px; font-weight: 600; margin: 4px 0 8px; color: var(--ink); }
+.about dl { margin: 0; font-size: 14px; line-height: 1.45; }
+.about dt { color: var(--faded); }
+.about dd { margin: 0 0 8px; color: var(--ink); overflow-wrap: anywhere; }
+.about { border: 1px solid var(--rule); border-radius: 4px; padding: 14px 18px; background: var(--sheet); }
+@media (max-width: 640px) {
+  .gradio-container { padding: 8px !important; }
+  .leaf { padding: 16px 16px; font-size: 16px; }
+  .leaf.heard { padding: 12px 16px; }
+  .versus { grid-template-columns: 1fr; }
+  .masthead { padding-top: 8px; }
+}
+@media (prefers-reduced-motion: reduce) { .caret { animation: none; } }
+"""
+
+LOOK = {
+    "theme": Folio(),
+    "css": CSS,
+    "ssr_mode": False,
+    "footer_links": ["api"],
+    "run_history": False,
+}
+
+
+# ---------------------------------------------------------------------------- the page
+
+
+def build(folder: str | os.PathLike = HERE) -> gr.Blocks:
+    """The app of a staged folder. Without good weights it is a page that says what is missing."""
+    play, trouble = None, ""
+    try:
+        play = Play.load(Path(folder))
+    except (CheckpointError, TextError, ValueError) as error:
+        trouble = str(error).replace(str(Path(folder)) + os.sep, "")
+    with gr.Blocks(title="Shakespeare GPT", analytics_enabled=False) as demo:
+        gr.HTML(_masthead(play))
+        if play is None:
+            gr.HTML(
+                notice(f"The model cannot speak yet. {trouble}", "bad")
+                + notice(
+                    "Put together a complete Space with: python -m shakespeare_gpt.export --stage build/space "
+                    "(notebook 05). Until then nothing is written here: random weights would only babble."
+                ),
+                elem_id="trouble",
+            )
+        else:
+            with gr.Tab("Write on", id="write"):
+                _writing(play)
+            with gr.Tab("How well does it know the play?", id="recite"):
+                _reciting(play)
+        _endpoints(play, trouble)
+    demo.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
+    return demo
+
+
+def _masthead(play: Play | None) -> str:
+    line = "A GPT-2 that has learnt a play by heart."
+    if play is not None:
+        line = (
+            f"A GPT-2 that has learnt {esc(play.title)} by heart. Give it a beginning: "
+            "<mark>what it quotes is marked</mark>, what it invents is not."
+        )
+    return f'<header class="masthead"><h1>Shakespeare GPT</h1><p>{line}</p><hr></header>'
+
+
+MODEL = {"concurrency_id": "model", "concurrency_limit": AT_ONCE}
+running: dict[str, threading.Event] = {}  # by browser session: what its Stop button sets
+
+
+@contextlib.contextmanager
+def _stoppable(request: gr.Request | None) -> Iterator[Callable[[], bool]]:
+    """While it is open, ``stop`` in the same browser session makes the given function say True."""
+    key, event = getattr(request, "session_hash", None), threading.Event()
+    if key:
+        running[key] = event
+    try:
+        yield event.is_set
+    finally:
+        if key and running.get(key) is event:
+            del running[key]
+
+
+def stop(request: gr.Request):
+    """End this session's text after the token in hand; the queue's own cancelling closes the rest."""
+    event = running.get(request.session_hash)
+    if event is not None:
+        event.set()
+    return gr.update(interactive=False), notice("Stopped.")
+
+
+def _writing(play: Play) -> None:
+    beginnings = [
+        (f"{who}:\n" if who else "") + " ".join(line.split()[:5])
+        for who, _, line in spread(play.speeches(), 5)
+    ]
+    with gr.Row():
+        with gr.Column(scale=7, min_width=320):
+            prompt = gr.Textbox(
+                label="The beginning",
+                value=beginnings[0],
+                placeholder="A name, a line, half a line",
+                lines=3,
+                max_lines=8,
+                elem_id="prompt",
+                elem_classes="prompt-box",
+            )
+            gr.Examples(
+                [[text] for text in beginnings],
+                prompt,
+                label="From the text",
+                example_labels=[text.replace("\n", " ") + " …" for text in beginnings],
+                api_visibility="private",
+            )
+            with gr.Row():
+                go = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
+                halt = gr.Button("Stop", interactive=False, elem_id="stop", scale=1)
+            note = gr.HTML(elem_id="note")
+            page = gr.HTML(
+                '<div class="leaf empty">The continuation appears here, word by word.</div>',
+                elem_id="page",
+            )
+            numbers = gr.HTML(elem_id="figures")
+        with gr.Column(scale=4, min_width=280):
+            with gr.Group():
+                length = gr.Slider(
+                    1,
+                    MAX_LENGTH,
+                    160,
+                    step=1,
+                    label="Length",
+                    info="tokens, each about ¾ of a word",
+                )
+                temperature = gr.Slider(
+                    0.0,
+                    2.0,
+                    0.8,
+                    step=0.05,
+                    label="Temperature",
+                    info="0: always the likeliest word",
+                )
+                top_k = gr.Slider(
+                    0, 200, 0, step=1, label="Top-k", info="only the k likeliest; 0: all"
+                )
+                top_p = gr.Slider(
+                    0.01,
+                    1.0,
+                    1.0,
+                    step=0.01,
+                    label="Top-p",
+                    info="only the likeliest that sum to p; 1: all",
+                )
+                seed = gr.Number(
+                    None, label="Seed", info="the same seed, the same text; empty: a new one", precision=0,
+                    minimum=0, elem_id="seed",
+                )  # fmt: skip
+            gr.HTML(about(play), elem_id="about")
+
+    def write(*values, request: gr.Request):
+        yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
+        try:
+            with _stoppable(request) as stopped:
+                for answer in continue_prompt(play, *values, stopped=stopped):
+                    yield leaf(play, answer), answer_figures(play, answer), "", gr.skip()
+        except ValueError as error:
+            yield gr.skip(), "", notice(str(error), "bad"), gr.skip()
+        yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False)
+
+    # A named parameter for each input: Gradio passes them by position and looks for ``request``.
+    def on_write(prompt, length, temperature, top_k, top_p, seed, request: gr.Request):
+        yield from write(prompt, length, temperature, top_k, top_p, seed, request=request)
+
+    job = gr.on(
+        [go.click, prompt.submit],
+        on_write,
+        [prompt, length, temperature, top_k, top_p, seed],
+        [page, numbers, note, halt],
+        show_progress="hidden",
+        api_visibility="private",
+        trigger_mode="once",
+        **MODEL,
+    )
+    halt.click(
+        stop,
+        None,
+        [halt, note],
+        cancels=[job],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def _reciting(play: Play) -> None:
+    speeches = play.speeches()
+    choices = [
+        (f"{who + ', ' if who else ''}line {line:,}: {words[:60]}", line)
+        for who, line, words in spread(speeches, 24)
+    ]
+    with gr.Row(equal_height=True):
+        line = gr.Dropdown(
+            choices,
+            value=choices[0][1],
+            label="After which line?",
+            elem_id="line",
+            scale=5,
+            min_width=280,
+        )
+        tokens = gr.Slider(
+            10, MAX_RECITAL, 80, step=5, label="How far?", info="tokens", scale=3, min_width=200
+        )
+    with gr.Row():
+        go = gr.Button("Recite", variant="primary", elem_id="recite", scale=3)
+        surprise = gr.Button("Surprise me", elem_id="surprise", scale=2)
+        halt = gr.Button("Stop", interactive=False, elem_id="stop-recital", scale=1)
+    note = gr.HTML(elem_id="recital-note")
+    numbers = gr.HTML(elem_id="recital-figures")
+    page = gr.HTML(
+        '<div class="leaf empty">It hears a few words of the text and goes on from memory, always with the '
+        "likeliest word. The original stands beside it.</div>",
+        elem_id="recital",
+    )
+
+    def on_recite(line, tokens, request: gr.Request):
+        yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
+        try:
+            with _stoppable(request) as stopped:
+                for recital in recite_line(play, line, tokens, stopped=stopped):
+                    yield versus(play, recital), recital_figures(recital), "", gr.skip()
+        except ValueError as error:
+            yield gr.skip(), "", notice(str(error), "bad"), gr.skip()
+        yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False)
+
+    def on_surprise(tokens, request: gr.Request):
+        yield from on_recite(random.SystemRandom().choice(speeches)[1], tokens, request)
+
+    outputs = [page, numbers, note, halt]
+    options = {"show_progress": "hidden", "api_visibility": "private", **MODEL}
+    jobs = [
+        go.click(on_recite, [line, tokens], outputs, **options),
+        surprise.click(on_surprise, [tokens], outputs, **options),
+    ]
+    halt.click(
+        stop,
+        None,
+        [halt, note],
+        cancels=jobs,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def _endpoints(play: Play | None, trouble: str) -> None:
+    """What ``gradio_client`` calls: plain values in, plain values out, streamed as they grow."""
+
+    def ready() -> Play:
+        if play is None:
+            raise gr.Error(f"The model cannot speak yet. {trouble}")
+        return play
+
+    def api_generate(
+        prompt: str = "",
+        length: int = 160,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> dict:
+        """Continue a prompt. Each value holds the text so far, the last one all of it.
+
+        Keys: text, seed, done, tokens, tokens_per_second, first_token_seconds, acceptance_rate, quoted (a share), and
+        quotations: start and end in the text, speaker and line where that stands in what the model learnt.
+        """
+        here = ready()
+        try:
+            for answer in continue_prompt(here, prompt, length, temperature, top_k, top_p, seed):
+                yield describe_answer(here, answer)
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+
+    def api_recite(line: int = 1, tokens: int = 80) -> dict:
+        """Recite what follows a line of the text, greedily, and compare. The last value is complete.
+
+        Keys: line, given, original, recited, matching, of, first_difference (a token's index or null), done,
+        tokens_per_second.
+        """
+        here = ready()
+        for recital in recite_line(here, line, tokens):
+            yield {
+                "line": recital.line,
+                "given": recital.given,
+                "original": decode(recital.truth),
+                "recited": decode(recital.told),
+                "matching": recital.matching,
+                "of": len(recital.truth),
+                "first_difference": recital.difference,
+                "done": recital.done,
+                "tokens_per_second": round(recital.stats.tokens_per_second, 1),
+            }
+
+    gr.api(api_generate, api_name="generate", **MODEL)
+    gr.api(api_recite, api_name="recite", **MODEL)
+
+
+def describe_answer(play: Play, answer: Answer) -> dict[str, Any]:
+    """An Answer in plain values."""
+    stats = answer.stats
+    return {
+        "text": answer.text,
+        "seed": answer.seed,
+        "done": answer.done,
+        "tokens": stats.tokens,
+        "tokens_per_second": round(stats.tokens_per_second, 1),
+        "first_token_seconds": stats.first_token_seconds and round(stats.first_token_seconds, 3),
+        "acceptance_rate": round(stats.acceptance_rate, 3),
+        "quoted": round(quoted_share(play, answer.text), 3),
+        "quotations": [
+            {"start": s.start, "end": s.end, "speaker": s.speaker, "line": s.line}
+            for s in play.source.spans(answer.text)
+        ],
+    }
+
+
+demo = build()
+
+if __name__ == "__main__":
+    demo.launch(**LOOK)
