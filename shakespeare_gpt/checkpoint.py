@@ -108,12 +108,17 @@ def load_model(path: str | os.PathLike, device: Any = "cpu") -> tuple[GPT, dict[
         weights, config, meta = _read_safetensors(path)
     else:
         state = load_checkpoint(path)
-        weights, config, meta = state["model"], state["config"], state["meta"]
+        try:
+            weights, config, meta = state["model"], state["config"], state["meta"]
+        except KeyError as error:
+            raise CheckpointError(
+                f"{path} holds no GPT ({error} is missing): train again."
+            ) from None
     try:
         with torch.device("meta"):
             model = GPT(GPTConfig(**config), generator=torch.Generator("cpu"))
         model.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} holds no GPT of this project ({str(error).splitlines()[0]}): export it again."
         ) from None
