@@ -475,9 +475,9 @@ class Int8Linear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-20).div_(self.levels)
+        scale = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp_(min=1e-20)
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
-            x / scale, 1.0, self.levels + 1, self.packed
+            x / scale, 1 / self.levels, self.levels + 1, self.packed
         )
         return y * scale if self.bias is None else torch.addcmul(self.bias, y, scale)
 
