@@ -169,6 +169,19 @@ def check_prompt(prompt: Any) -> str:
     return prompt.replace("\r\n", "\n").replace("\0", "\ufffd")
 
 
+def check_seed(seed: Any) -> int:
+    """A seed from 0 to 2^63 - 1. Raises ValueError with a line for the reader."""
+    if isinstance(seed, float) and seed.is_integer():
+        seed = int(seed)
+    if (
+        isinstance(seed, bool)
+        or not re.fullmatch(r"\s*[0-9]{1,19}\s*", str(seed))
+        or int(seed) >= 2**63
+    ):
+        raise ValueError("The seed must be a whole number from 0 on, or empty for a new one.")
+    return int(seed)
+
+
 # ---------------------------------------------------------------------------- what goes on
 
 
@@ -192,8 +205,8 @@ def continue_prompt(
     ValueError with a line for the reader.
     """
     answer = Answer(check_prompt(prompt), seed=random.SystemRandom().randrange(2**31))
-    if seed is not None and seed != "":
-        answer.seed = int(number(seed, 0, 2**53, answer.seed))
+    if seed is not None and str(seed).strip():
+        answer.seed = check_seed(seed)
     pieces = stream_text(
         play.model,
         answer.prompt,
@@ -299,7 +312,12 @@ def leaf(play: Play, answer: Answer) -> str:
             notes.append(
                 f"<li><b>{esc(where)}</b> <span>{words} word{'s' * (words != 1)}</span></li>"
             )
-            body.append(f'<mark title="{esc(where)}">{inner}</mark><sup>{len(notes)}</sup>')
+            # The blanks around it are not underlined, and the number stays on its last line.
+            head, tail = re.match(r"\s*", inner)[0], re.search(r"\s*\Z", inner)[0]
+            core = inner[len(head) : len(inner) - len(tail)]
+            body.append(
+                f'{head}<mark title="{esc(where)}">{core}</mark><sup>{len(notes)}</sup>{tail}'
+            )
         before = piece or before
     caret = "" if answer.done else '<span class="caret"></span>'
     prompt = _lines(answer.prompt, True)
@@ -347,7 +365,8 @@ def versus(play: Play, recital: Recital) -> str:
         marked, rest = ids[n : n + 1], ids[n + 1 :]
         if recital.difference is None:
             marked, rest = [], ids[n:]
-        text = _lines(decode(ids[:n]), False)
+        # What it hears ends with a line; the blank before the next one is known too, and not shown.
+        text = _lines(decode(ids[:n]).lstrip("\n"), n > 0 and decode(ids[:1]).startswith("\n"))
         if marked:
             word = decode(marked)
             # A blank of its own would be an invisible mark.
@@ -387,11 +406,11 @@ def about(play: Play) -> str:
     """What this model is, from the metadata of its weights and from what was measured at the start."""
     meta, config = play.meta, play.model.config
 
-    def known(name: str, form: str, scale: float = 1.0) -> str | None:
+    def known(name: str, form: str, scale: float = 1) -> str | None:
         value = meta.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return None
-        return form.format(value * scale)
+        return form.format(value if scale == 1 else value * scale)
 
     parameters = known("parameters", "{:.1f} million", 1e-6) or "unknown"
     steps = [
@@ -424,14 +443,19 @@ def about(play: Play) -> str:
 
 
 class Folio(gr.themes.Base):
-    """Ink on paper by day, candlelight by night. The fonts come with Gradio: nothing is fetched."""
+    """Ink on paper by day, candlelight by night. Fonts of Gradio and of the reader: none is fetched."""
 
     def __init__(self):
         super().__init__(
             primary_hue=gr.themes.colors.red,
             neutral_hue=gr.themes.colors.stone,
             radius_size=gr.themes.sizes.radius_sm,
-            font=(gr.themes.LocalFont("Source Sans 3"), "ui-sans-serif", "system-ui", "sans-serif"),
+            font=(
+                gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)),
+                "ui-sans-serif",
+                "system-ui",
+                "sans-serif",
+            ),
         )
         paper, sheet, ink, faded, rule, accent = (
             "#f6f1e6", "#fffdf8", "#2b2521", "#6d6156", "#e2d8c5", "#7d2e2b",
@@ -508,31 +532,32 @@ class Folio(gr.themes.Base):
 
 
 CSS = """
-:root { --ink: #2b2521; --faded: #6d6156; --rule: #e2d8c5; --sheet: #fffdf8; --accent: #7d2e2b;
+:root { --serif: "Iowan Old Style", "Palatino Linotype", Palatino, "Book Antiqua", "URW Palladio L", Georgia, serif;
+  --ink: #2b2521; --faded: #6d6156; --rule: #e2d8c5; --sheet: #fffdf8; --accent: #7d2e2b;
   --gold: #f6e6b8; --gold-line: #c79a33; --wrong: #f3cfc6; --wrong-line: #a8332a; }
 .dark { --ink: #ece3d5; --faded: #ada08f; --rule: #3b342d; --sheet: #211d1a; --accent: #e0a296;
   --gold: #4a3c1c; --gold-line: #c79a33; --wrong: #5a2b25; --wrong-line: #e58575; }
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 .masthead { text-align: center; padding: 18px 8px 6px; }
-.masthead h1 { font-family: Lora, Georgia, serif; font-weight: 600; font-size: clamp(30px, 5vw, 44px);
+.masthead h1 { font-family: var(--serif); font-weight: 600; font-size: clamp(30px, 5vw, 44px);
   letter-spacing: .01em; margin: 0; color: var(--ink); line-height: 1.15; }
 .masthead p { color: var(--faded); margin: 8px auto 0; max-width: 38em; font-size: 16px; line-height: 1.5; }
 .masthead hr { width: 72px; border: 0; border-top: 2px solid var(--accent); margin: 14px auto 0; }
 .masthead mark, .leaf mark { background: var(--gold); color: inherit; border-bottom: 2px solid var(--gold-line);
   padding: 1px 0; border-radius: 2px; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
-.prompt-box textarea { font-family: Lora, Georgia, serif !important; font-size: 17px !important;
+.prompt-box textarea { font-family: var(--serif) !important; font-size: 17px !important;
   line-height: 1.6 !important; }
-.leaf { font-family: Lora, Georgia, serif; font-size: 17px; line-height: 1.72; white-space: pre-wrap;
+.leaf { font-family: var(--serif); font-size: 17px; line-height: 1.72; white-space: pre-wrap;
   overflow-wrap: anywhere; color: var(--ink); background: var(--sheet); border: 1px solid var(--rule);
   border-radius: 4px; padding: 22px 26px; min-height: 180px; }
 .leaf .given { color: var(--faded); }
 .leaf .who { font-weight: 600; letter-spacing: .05em; font-size: .92em; color: var(--accent); }
 .leaf .given .who { opacity: .8; }
 .leaf mark .who { color: inherit; }
-.leaf sup { font-family: "Source Sans 3", sans-serif; font-size: 11px; font-weight: 600; color: var(--accent);
+.leaf sup { font-family: var(--font); font-size: 11px; font-weight: 600; color: var(--accent);
   padding: 0 2px; line-height: 0; }
 .leaf mark.wrong { background: var(--wrong); border-bottom-color: var(--wrong-line); font-weight: 600; }
-.leaf .after { color: var(--faded); opacity: .75; }
+.leaf .after { color: var(--faded); }
 .leaf.heard { min-height: 0; padding: 14px 26px; font-size: 16px; }
 .leaf.empty { color: var(--faded); font-style: italic; }
 .caret { display: inline-block; width: 2px; height: 1.05em; vertical-align: -3px; background: var(--accent);
@@ -553,15 +578,23 @@ p.places.none { font-size: 14px; color: var(--faded); margin: 12px 2px 0; }
 .notice.bad { border-left-color: var(--wrong-line); }
 .versus { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; margin-top: 12px; }
 .versus h4 { font-size: 13px; letter-spacing: .04em; font-weight: 600; color: var(--faded); margin: 0 2px 6px; }
-.about h3 { font-family: Lora, Georgia, serif; font-size: 18px; font-weight: 600; margin: 4px 0 8px; color: var(--ink); }
+.about h3 { font-family: var(--serif); font-size: 18px; font-weight: 600; margin: 4px 0 8px; color: var(--ink); }
 .about dl { margin: 0; font-size: 14px; line-height: 1.45; }
 .about dt { color: var(--faded); }
 .about dd { margin: 0 0 8px; color: var(--ink); overflow-wrap: anywhere; }
 .about { border: 1px solid var(--rule); border-radius: 4px; padding: 14px 18px; background: var(--sheet); }
+.gradio-container .block:has(> .html-container), .gradio-container .html-container { padding: 0 !important; }
+#note:not(:has(.notice)), #recital-note:not(:has(.notice)), #figures:not(:has(.figures)),
+#recital-figures:not(:has(.figures)) { display: none; }
+.dark input[type=range] { --neutral-200: #4a423a; }
+.dark button[role=tab][aria-selected=true] { color: var(--accent) !important; }
+.dark button[role=tab][aria-selected=true]::after { background: var(--accent) !important; }
 @media (max-width: 640px) {
+  .gradio-container button[role=tab] { font-size: 14px; padding: 0 9px; }
   .gradio-container { padding: 8px !important; }
   .leaf { padding: 16px 16px; font-size: 16px; }
   .leaf.heard { padding: 12px 16px; }
+  #surprise, #recite, #stop-recital { padding-left: 4px; padding-right: 4px; white-space: nowrap; font-size: 15px; }
   .versus { grid-template-columns: 1fr; }
   .masthead { padding-top: 8px; }
 }
@@ -667,8 +700,10 @@ def _writing(play: Play) -> None:
                 api_visibility="private",
             )
             with gr.Row():
-                go = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
-                halt = gr.Button("Stop", interactive=False, elem_id="stop", scale=1)
+                go = gr.Button(
+                    "Generate", variant="primary", elem_id="generate", scale=3, min_width=120
+                )
+                halt = gr.Button("Stop", interactive=False, elem_id="stop", scale=1, min_width=80)
             note = gr.HTML(elem_id="note")
             page = gr.HTML(
                 '<div class="leaf empty">The continuation appears here, word by word.</div>',
@@ -702,12 +737,15 @@ def _writing(play: Play) -> None:
                     1.0,
                     step=0.01,
                     label="Top-p",
-                    info="only the likeliest that sum to p; 1: all",
+                    info="the likeliest that sum to p; 1: all",
                 )
-                seed = gr.Number(
-                    None, label="Seed", info="the same seed, the same text; empty: a new one", precision=0,
-                    minimum=0, elem_id="seed",
-                )  # fmt: skip
+                seed = gr.Textbox(
+                    label="Seed",
+                    info="the same seed, the same text",
+                    placeholder="a new one each time",
+                    max_lines=1,
+                    elem_id="seed",
+                )
             gr.HTML(about(play), elem_id="about")
 
     def write(*values, request: gr.Request):
@@ -764,9 +802,9 @@ def _reciting(play: Play) -> None:
             10, MAX_RECITAL, 80, step=5, label="How far?", info="tokens", scale=3, min_width=200
         )
     with gr.Row():
-        go = gr.Button("Recite", variant="primary", elem_id="recite", scale=3)
-        surprise = gr.Button("Surprise me", elem_id="surprise", scale=2)
-        halt = gr.Button("Stop", interactive=False, elem_id="stop-recital", scale=1)
+        go = gr.Button("Recite", variant="primary", elem_id="recite", scale=3, min_width=90)
+        surprise = gr.Button("Surprise me", elem_id="surprise", scale=2, min_width=100)
+        halt = gr.Button("Stop", interactive=False, elem_id="stop-recital", scale=1, min_width=60)
     note = gr.HTML(elem_id="recital-note")
     numbers = gr.HTML(elem_id="recital-figures")
     page = gr.HTML(
@@ -810,7 +848,7 @@ def _endpoints(play: Play | None, trouble: str) -> None:
 
     def ready() -> Play:
         if play is None:
-            raise gr.Error(f"The model cannot speak yet. {trouble}")
+            raise gr.Error(f"The model cannot speak yet. {trouble}", print_exception=False)
         return play
 
     def api_generate(
@@ -831,7 +869,7 @@ def _endpoints(play: Play | None, trouble: str) -> None:
             for answer in continue_prompt(here, prompt, length, temperature, top_k, top_p, seed):
                 yield describe_answer(here, answer)
         except ValueError as error:
-            raise gr.Error(str(error)) from None
+            raise gr.Error(str(error), print_exception=False) from None
 
     def api_recite(line: int = 1, tokens: int = 80) -> dict:
         """Recite what follows a line of the text, greedily, and compare. The last value is complete.
