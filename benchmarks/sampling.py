@@ -285,6 +285,7 @@ def report(args: argparse.Namespace) -> None:
         bandwidth = max(bandwidth, read_bandwidth())
         for row in rows:
             row.turn()
+            print(f"turn {turn}: {row.name}, {row.speeds[-1]:.1f} tokens/s", file=sys.stderr)
             if turn == 0:
                 row.speeds.clear()
                 row.firsts.clear()

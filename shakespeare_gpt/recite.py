@@ -65,7 +65,8 @@ def score(model: GPT, ids: Tensor) -> Scores:
         hidden = model.hidden(x[i : i + batch].to(model.device)).flatten(0, 1)
         labels = y[i : i + batch].flatten().to(model.device)
         rows = [
-            _score_rows(model.head(h), t) for h, t in zip(hidden.split(ROWS), labels.split(ROWS))
+            _score_rows(model.head(h), t)
+            for h, t in zip(hidden.split(ROWS), labels.split(ROWS), strict=True)
         ]
         losses[i : i + batch] = torch.cat([loss for loss, _ in rows]).view_as(x[i : i + batch])
         right[i : i + batch] = torch.cat([hit for _, hit in rows]).view_as(x[i : i + batch])
@@ -176,7 +177,7 @@ def first_difference(a: Sequence, b: Sequence) -> int | None:
 
     Where one is the beginning of the other, that is the length of the shorter.
     """
-    for i, (x, y) in enumerate(zip(a, b)):
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i
     return None if len(a) == len(b) else min(len(a), len(b))
