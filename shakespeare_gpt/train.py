@@ -105,6 +105,7 @@ class Step:
     history: History
     message: str = ""  # at the last step: what was reached
     checkpoint: str | None = None  # at the last step: where the weights are
+    resumed: bool = False  # the last step of a run that had ended before
 
 
 class TrainingError(RuntimeError):
@@ -156,7 +157,7 @@ def train(
                 if interrupted():
                     raise KeyboardInterrupt("training was interrupted; run it again to go on")
         finally:
-            if not clean:
+            if not clean and run.sound:
                 run.save()
 
 
@@ -190,11 +191,12 @@ class _Run:
             math.ceil(config.max_passes * self.steps_per_pass),
         )
         self.history = History()
-        self.step = 0
+        self.step = self.saved = 0
         self.last_evaluation = (0, 1.25)  # (step, how far the batches' mean lies above the text's)
         self.speed: list[float] = []
         self.optimizers = make_optimizers(model, config)
         self.precision = None
+        self.sound = True  # False while an update is half done, and when the weights are no good
 
     # --- one step -----------------------------------------------------------------------------------
 
@@ -219,6 +221,7 @@ class _Run:
             dist.all_reduce(loss)
         loss_value, norm_value = torch.stack((loss, norm)).tolist()
         self._check(loss_value, norm_value)  # before the update, so that the weights stay good
+        self.sound = False
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
@@ -232,6 +235,7 @@ class _Run:
         self.speed = [*self.speed[-9:], time.perf_counter() - began]
         text_loss = self._evaluate_if_near()
         history.seconds += time.perf_counter() - began
+        self.sound = True
         return self._report(loss_value, lr, text_loss)
 
     def _gradients(self, tokens: Tensor) -> Tensor:
@@ -319,8 +323,12 @@ class _Run:
         else:
             healthy = healthy and math.isfinite(norm)
         if not healthy:
+            # A loss like this is that of the present weights: the checkpoint keeps the earlier ones.
+            self.sound = False
             where = (
-                f"; the weights before it are saved in {self.checkpoint}" if self.checkpoint else ""
+                f"; {self.checkpoint} holds the last good weights, of step {self.saved}"
+                if self.saved
+                else ""
             )
             raise TrainingError(
                 f"The loss exploded at step {self.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g})"
@@ -416,6 +424,7 @@ class _Run:
             state["scaler"] = self.scaler.state_dict()
             state["last_evaluation"] = list(self.last_evaluation)
         save_checkpoint(self.checkpoint, state)
+        self.saved = self.step
 
     def resume(self) -> Step | None:
         """Take up the checkpoint, if there is one; the last Step of a run that is already finished."""
@@ -430,12 +439,13 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.history = History(**state["history"])
         self.history.text = [tuple(t) for t in self.history.text]
-        self.step, self.precision = state["step"], state["precision"]
+        self.step = self.saved = state["step"]
+        self.precision = state["precision"]
         if state["finished"]:
             self.model.eval()
             value = self.history.text[-1][1] if self.history.text else None
             step = self._report(self.history.losses[-1], self.config.final_lr, value)
-            return step
+            return replace(step, resumed=True)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self._scaler_state = state["scaler"]
@@ -483,7 +493,8 @@ class WindowOrder:
                 starts = starts[torch.randperm(self.count, generator=generator)]
             if self.kind == "shifted":
                 starts = starts + torch.randint(self.tokens, (1,), generator=generator)
-            self._passes = {number - 1: self._passes.get(number - 1), number: starts}
+            kept = {n: order for n, order in self._passes.items() if n == number - 1}
+            self._passes = {**kept, number: starts}
         return self._passes[number]
 
     def batch(self, step: int, size: int) -> Tensor:
@@ -502,7 +513,8 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, params, *, dtype: torch.dtype = torch.bfloat16, **options):
         super().__init__(params, **options)
-        self.dtype = dtype
+        for group in self.param_groups:
+            group["dtype"] = dtype  # saved with the state: a resumed run rounds as before
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -524,7 +536,7 @@ class Muon(torch.optim.Muon):
                 if group["nesterov"]:
                     update = torch._foreach_lerp(grads, buffers, group["momentum"])
                 update = orthogonalize(
-                    torch.stack(update).to(self.dtype),
+                    torch.stack(update).to(group["dtype"]),
                     group["ns_coefficients"],
                     group["ns_steps"],
                     group["eps"],
@@ -773,6 +785,9 @@ def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any])
     path.parent.mkdir(parents=True, exist_ok=True)
     with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file:
         for step in steps:
+            if head is not None and step.resumed and step.done and file.tell() > 0:
+                yield step  # the run had ended before, and its log says so
+                continue
             if head is not None:
                 if step.step <= 1 or file.tell() == 0:
                     file.seek(0)
@@ -891,6 +906,7 @@ def main(arguments: list[str] | None = None) -> int:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     first = not distributed or dist.get_rank() == 0
     say = print if first else (lambda *a, **k: None)
+    path = None
     try:
         preset = get_preset(options.preset)
         changes = {f: getattr(options, f, None) for f in TrainConfig.__dataclass_fields__}
@@ -912,7 +928,9 @@ def main(arguments: list[str] | None = None) -> int:
             _watch(steps, say)
         say(f"Saved checkpoint to {path}")
     except KeyboardInterrupt:
-        say(f"\nInterrupted. Saved checkpoint to {path}; the same command goes on from there.")
+        saved = path is not None and path.exists()
+        where = f"Saved checkpoint to {path}; the" if saved else "Nothing was trained yet; the"
+        say(f"\nInterrupted. {where} same command goes on from there.")
         return 130
     except (TextError, TrainingError, CheckpointError, ValueError) as error:
         say(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,732 @@
+"""Training: the target on the whole text, exact resumption, and every way in which a run can end."""
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from torch.nn import functional as F
+
+from shakespeare_gpt import train as module
+from shakespeare_gpt.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
+from shakespeare_gpt.model import GPT, GPTConfig
+from shakespeare_gpt.presets import PRESETS, checkpoint_path, get_preset, log_path, start
+from shakespeare_gpt.train import (
+    TARGET,
+    Muon,
+    TrainConfig,
+    TrainingError,
+    WindowOrder,
+    evaluate,
+    learning_rate,
+    logged,
+    make_optimizers,
+    train,
+)
+
+TINY = GPTConfig(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+RECIPE = TrainConfig(
+    batch_size=4,
+    passes=15,
+    min_steps=60,
+    max_passes=100,
+    warmup_steps=5,
+    adam_lr=1e-2,
+    precision="fp32",
+)
+IDS = torch.randint(0, 97, (300,), generator=torch.Generator().manual_seed(0))
+
+
+def new_model(config: GPTConfig = TINY, seed: int = 0) -> GPT:
+    return GPT(config, torch.Generator().manual_seed(seed))
+
+
+def changed(**settings) -> TrainConfig:
+    return dataclasses.replace(RECIPE, **settings)
+
+
+def run(config=RECIPE, ids=IDS, stop_after=None, model=None, **options):
+    """Train to the end, or to a step at which the consumer goes away; (model, last step)."""
+    model = model or new_model()
+    with closing(train(model, ids, config, device="cpu", **options)) as steps:
+        for step in steps:
+            if step.step == stop_after:
+                break
+    return model, step
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message and message.endswith("."), message
+    return message
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A run that nothing interrupted: what every interrupted one must equal."""
+    return run()
+
+
+def assert_same_run(first, second):
+    """Bit for bit: weights, losses, evaluations, the step at which it ended."""
+    (model, step), (expected_model, expected) = first, second
+    assert step.step == expected.step and step.done
+    for name in ("losses", "text", "first_batch", "tokens"):
+        assert getattr(step.history, name) == getattr(expected.history, name), name
+    mine, theirs = model.state_dict(), expected_model.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+# --- the whole way ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The smoke preset as a notebook or the command line runs it: (folder, text, steps)."""
+    folder, here = tmp_path_factory.mktemp("smoke"), os.getcwd()
+    preset = get_preset("smoke")
+    text = preset.load_text()
+    os.chdir(folder)
+    try:
+        steps = list(start(preset, text, device="cpu"))
+    finally:
+        os.chdir(here)
+    return folder, preset, text, steps
+
+
+def test_smoke_learns_the_first_lines_by_heart(smoke):
+    """The claim of the project in small: the mean over the whole text, measured from the saved file."""
+    folder, preset, text, steps = smoke
+    model, meta = load_model(folder / checkpoint_path(preset, text))
+    assert evaluate(model, text.ids) < TARGET
+    assert evaluate(model, text.ids) == pytest.approx(meta["loss"], abs=1e-5)
+    assert steps[-1].done and steps[-1].progress == 1.0
+    assert not any(step.done for step in steps[:-1])
+    assert meta["preset"] == "smoke" and meta["text_sha256"] == text.sha256
+    assert meta["steps"] == len(steps) == steps[-1].step
+    assert meta["tokens"] == len(steps) * 4 * 32
+    assert meta["parameters"] == model.num_parameters()
+    assert meta["first_batch_step"] == steps[-1].history.first_batch
+
+
+def test_log_says_what_the_assignment_asks(smoke):
+    """``step | loss | best | lr | tokens/s`` every ten steps, what ran in the head, two closing lines."""
+    folder, preset, text, steps = smoke
+    lines = (folder / log_path(preset)).read_text(encoding="utf-8").splitlines()
+    head = lines[: lines.index("step | loss | best | lr | tokens/s")]
+    assert all(line.startswith("# ") for line in head)
+    for name in ("preset", "text", "commit", "settings", "versions", "device"):
+        assert any(line.startswith(f"# {name}: ") for line in head), name
+    rows = [line.split(" | ") for line in lines if re.match(r"\d+ \| ", line)]
+    last = steps[-1].step
+    assert [int(row[0]) for row in rows] == [*range(10, last, 10), last]
+    for row in rows:
+        step = steps[int(row[0]) - 1]
+        assert float(row[1]) == pytest.approx(step.loss, abs=1e-6)
+        assert float(row[2]) == pytest.approx(min(s.loss for s in steps[: step.step]), abs=1e-6)
+    assert lines[-2] == f"Target loss 0.099999 reached at step {last}"
+    assert lines[-1] == f"Saved checkpoint to {checkpoint_path(preset, text)}"
+
+
+def test_a_finished_run_is_not_trained_again(smoke, monkeypatch):
+    """Running the notebook again must load the result, and must not spoil the log of the run."""
+    folder, preset, text, steps = smoke
+    monkeypatch.chdir(folder)
+    before = log_path(preset).read_text(encoding="utf-8")
+    model = GPT(preset.model)
+    again = list(start(preset, text, model, device="cpu"))
+    assert len(again) == 1 and again[0].done
+    assert again[0].step == steps[-1].step and again[0].message == steps[-1].message
+    assert again[0].history.losses == steps[-1].history.losses
+    assert evaluate(model, text.ids) < TARGET
+    assert log_path(preset).read_text(encoding="utf-8") == before
+
+
+def test_another_text_gets_another_checkpoint(tmp_path):
+    """One file name for two texts: the second run would be refused, or recite the first."""
+    preset = get_preset("smoke")
+    names = set()
+    for content in ("One fine line.\n" * 99, "One fine line!\n" * 99):
+        (tmp_path / "poem.txt").write_text(content, encoding="utf-8")
+        names.add(checkpoint_path(preset, preset.load_text(str(tmp_path / "poem.txt"))))
+    assert len(names) == 2
+
+
+# --- exact resumption -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stops", [[1], [2], [37], [59, 60, 61], "last but one"], ids=str)
+def test_interrupted_equals_uninterrupted(tmp_path, whole, stops):
+    """Momentum, schedule, order of the windows or evaluations lost at a resume: another run than before."""
+    path = tmp_path / "a.pt"
+    for stop in [whole[1].step - 1] if stops == "last but one" else stops:
+        _, step = run(stop_after=stop, checkpoint=path)
+        assert step.step == stop and load_checkpoint(path)["step"] == stop
+    assert_same_run(run(checkpoint=path), whole)
+
+
+@pytest.mark.parametrize("kind", ["shifted", "sequential"])
+def test_resuming_is_exact_for_every_order(tmp_path, kind):
+    """Shifts drawn from a generator whose state is not saved would differ after a resume."""
+    config, path = changed(windows=kind, target=3.0), tmp_path / "a.pt"
+    run(config, stop_after=23, checkpoint=path)
+    assert_same_run(run(config, checkpoint=path), run(config))
+
+
+def test_killed_between_two_saves(tmp_path, whole):
+    """SIGKILL gives no chance to save: the run goes on from its last save, to the same end."""
+    path, copy = tmp_path / "a.pt", tmp_path / "b.pt"
+    with closing(
+        train(new_model(), IDS, RECIPE, checkpoint=path, device="cpu", save_every=0.0)
+    ) as steps:
+        for step in steps:
+            if step.step == 20:
+                copy.write_bytes(path.read_bytes())
+            if step.step == 29:
+                break
+    assert load_checkpoint(copy)["step"] == 20
+    assert_same_run(run(checkpoint=copy), whole)
+
+
+def test_saving_changes_nothing(tmp_path, whole):
+    """A save that draws random numbers or touches the weights would make runs depend on the clock."""
+    assert_same_run(run(checkpoint=tmp_path / "a.pt", save_every=0.0), whole)
+
+
+def test_resuming_keeps_the_precision(tmp_path, monkeypatch):
+    """Precision is measured at the start: a busy machine may measure otherwise when the run goes on."""
+    config, path = changed(precision="auto", target=3.0), tmp_path / "a.pt"
+    monkeypatch.setattr(module, "best_precision", lambda device: ("bf16", "it is fast"))
+    expected = run(config)
+    run(config, stop_after=9, checkpoint=path)
+    monkeypatch.setattr(module, "best_precision", lambda device: ("fp32", "it is busy"))
+    assert_same_run(run(config, checkpoint=path), expected)
+
+
+def test_random_numbers_of_others_do_not_matter(whole):
+    """A draw from the global generator ties the run to whatever ran before it."""
+    torch.manual_seed(1234)
+    state = torch.get_rng_state()
+    assert_same_run(run(), whole)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_update_cut_in_half_is_not_saved(tmp_path, whole, monkeypatch):
+    """A second Ctrl-C acts at once, perhaps between two optimisers: half an update must not be kept."""
+    path, calls = tmp_path / "a.pt", []
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 8:  # Muon has already moved its part
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=path, save_every=0.0)
+    assert load_checkpoint(path)["step"] == 7
+    assert_same_run(run(checkpoint=path), whole)
+
+
+@pytest.mark.parametrize("what", ["seed", "text", "size", "rate", "foreign"])
+def test_checkpoint_of_another_run_is_refused(tmp_path, what):
+    """Going on from another run's state gives numbers that belong to neither."""
+    path, config, ids, model = tmp_path / "a.pt", RECIPE, IDS.clone(), new_model()
+    run(stop_after=2, checkpoint=path)
+    if what == "seed":
+        config = changed(seed=1)
+    elif what == "text":
+        ids[7] = (ids[7] + 1) % 97
+    elif what == "size":
+        model = new_model(dataclasses.replace(TINY, n_layer=1))
+    elif what == "rate":
+        config = changed(muon_lr=0.03)
+    elif what == "foreign":
+        save_checkpoint(path, {"weights": model.state_dict()})
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError) as error:
+        run(config, ids, model=model, checkpoint=path)
+    assert "--restart" in one_line(error) and path.read_bytes() == before
+
+
+def test_saved_names_are_plain(tmp_path, monkeypatch):
+    """torch.compile and data parallelism put prefixes before the names: no other program reads them."""
+    config, path = changed(compile=True, target=3.0), tmp_path / "a.pt"
+    compiled = []
+
+    def pretend(block):  # what Module.compile sets, without the minute that a compiler takes
+        compiled.append(block)
+        block._compiled_call_impl = block._call_impl
+
+    monkeypatch.setattr("shakespeare_gpt.model.Block.compile", pretend)
+    model, _ = run(config, checkpoint=path)
+    assert len(compiled) == 2
+    assert set(load_checkpoint(path)["model"]) == set(new_model().state_dict())
+    assert all(block._compiled_call_impl is None for block in model.h)
+
+
+def test_training_goes_on_where_compiling_fails(monkeypatch):
+    """No compiler, an old GPU: the plain layers train as well, only slower."""
+
+    def broken(block):
+        def fail(*args, **kwargs):
+            raise RuntimeError("no C++ compiler found")
+
+        block._compiled_call_impl = fail
+
+    expected = run(changed(target=3.0))
+    monkeypatch.setattr("shakespeare_gpt.model.Block.compile", broken)
+    assert_same_run(run(changed(target=3.0, compile=True)), expected)
+
+
+# --- how a run ends ---------------------------------------------------------------------------------
+
+EASY = torch.cat((torch.full((81,), 5), IDS[:160]))  # its first windows are learnt at once
+
+
+def test_stops_on_the_whole_text_only():
+    """One batch under the target is luck; the claim is the mean over every token."""
+    config = changed(batch_size=1, min_steps=150)
+    model, step = run(config, EASY)
+    assert step.done and step.text_loss < TARGET
+    assert evaluate(model, EASY) == step.text_loss
+    assert step.history.first_batch < step.step
+    assert all(value >= TARGET for _, value in step.history.text[:-1])
+    assert step.message == f"Target loss 0.099999 reached at step {step.step}"
+
+
+def test_stop_on_batch_is_the_assignments_rule():
+    """The seed preset is compared by the first batch under the target: it must stop there."""
+    config = changed(batch_size=1, min_steps=150, stop_on="batch")
+    model, step = run(config, EASY)
+    assert step.done and step.loss < TARGET
+    assert all(loss >= TARGET for loss in step.history.losses[:-1])
+    assert step.step == step.history.first_batch
+    assert evaluate(model, EASY) > TARGET
+
+
+def test_gives_up_and_can_go_on(tmp_path, whole):
+    """A run that did not get there says what to do, and keeps what it has learnt."""
+    path = tmp_path / "a.pt"
+    short = changed(min_steps=1, passes=15, max_passes=1)
+    with pytest.raises(TrainingError) as error:
+        run(dataclasses.replace(short, target=1e-6), checkpoint=path)
+    assert "--max-passes" in one_line(error)
+    steps = load_checkpoint(path)["step"]
+    assert steps == 72  # 19 windows in batches of 4, 15 passes
+    longer = dataclasses.replace(short, target=1e-6, max_passes=16)
+    with pytest.raises(TrainingError, match="76 steps"):
+        run(longer, checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    "rates", [{"muon_lr": 1e6, "adam_lr": 1e4}, {"adam_lr": float("inf")}], ids=str
+)
+def test_absurd_rates_stop_the_run(rates):
+    """An exploding loss trained on for hours is an hour lost and a checkpoint ruined."""
+    with pytest.raises(TrainingError) as error:
+        run(changed(**rates))
+    assert "exploded" in one_line(error) and "--adam-lr" in str(error.value)
+
+
+def test_nan_keeps_the_last_good_checkpoint(tmp_path, whole):
+    """Saving on the way out would replace the last good weights by those that gave the NaN."""
+    path, model = tmp_path / "a.pt", new_model()
+    with pytest.raises(TrainingError) as error:
+        for step in train(model, IDS, RECIPE, checkpoint=path, device="cpu", save_every=0.0):
+            if step.step == 12:
+                with torch.no_grad():
+                    model.h[1].mlp.c_fc.weight[3, 3] = float("nan")
+    message = one_line(error)
+    assert "exploded at step 13" in message and "of step 12" in message and str(path) in message
+    assert all(w.isfinite().all() for w in load_checkpoint(path)["model"].values())
+    assert_same_run(run(checkpoint=path), whole)
+
+
+def test_a_consumer_that_fails_loses_nothing(tmp_path, whole):
+    """An error in the plot of a notebook must not cost the training so far."""
+    path = tmp_path / "a.pt"
+    with (
+        pytest.raises(ZeroDivisionError),
+        closing(train(new_model(), IDS, RECIPE, checkpoint=path, device="cpu")) as steps,
+    ):
+        for step in steps:
+            1 / (step.step - 9)
+    assert load_checkpoint(path)["step"] == 9
+    assert_same_run(run(checkpoint=path), whole)
+
+
+def test_text_shorter_than_a_batch():
+    """Two windows cannot fill a batch of four: training must still be possible, and count its tokens."""
+    ids = IDS[:30]
+    model, step = run(ids=ids)
+    assert step.done and evaluate(model, ids) < TARGET
+    assert step.history.tokens == step.step * 2 * 16
+
+
+def test_one_window():
+    """The shortest text that is allowed at all."""
+    _, step = run(ids=IDS[:17])
+    assert step.done
+
+
+def test_fp16_with_a_scaler(tmp_path):
+    """A T4 trains in fp16: skipped steps and the scale must survive an interruption."""
+    config, path = changed(precision="fp16", target=3.0), tmp_path / "a.pt"
+    expected = run(config)
+    run(config, stop_after=11, checkpoint=path)
+    assert_same_run(run(config, checkpoint=path), expected)
+
+
+# --- signals and the command line -------------------------------------------------------------------
+
+
+def test_command_line_survives_signals(tmp_path):
+    """A kill or Ctrl-C leaves a checkpoint, and the same command goes on with the same numbers."""
+    path, log = tmp_path / "deep" / "a.pt", tmp_path / "a.log"
+    command = [
+        sys.executable,
+        "-m",
+        "shakespeare_gpt.train",
+        "--preset",
+        "smoke",
+        "--target",
+        "1e-6",
+    ]
+    command += ["--checkpoint", str(path), "--log", str(log), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONUNBUFFERED": "1"}
+    histories = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        ) as process:
+            try:
+                for line in process.stdout:  # the first progress line says that it is under way
+                    if line.startswith("step "):
+                        break
+                process.send_signal(number)
+                rest = process.stdout.read()
+                assert process.wait(timeout=60) == 130
+            finally:
+                process.kill()
+        assert "Interrupted. Saved checkpoint to" in rest and "Traceback" not in rest
+        histories.append(load_checkpoint(path)["history"]["losses"])
+        assert [p.name for p in path.parent.iterdir()] == ["a.pt"]
+    first, second = histories
+    assert 0 < len(first) < len(second)
+    assert second[: len(first)] == first
+    assert f"# resumed at step {len(first) + 1}" in log.read_text(encoding="utf-8")
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "logs").exists()
+
+
+def test_command_line_reaches_the_target(tmp_path, monkeypatch, capsys):
+    """The command of the README, from a text file to saved weights; and --restart starts over."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "poem.txt").write_text(
+        "Shall I know this by heart, or only seem to?\n" * 9, encoding="utf-8"
+    )
+    command = ["--preset", "smoke", "--text", "poem.txt", "--device", "cpu", "--target", "2.0"]
+    assert module.main(command) == 0
+    out = capsys.readouterr().out
+    assert (
+        "Target loss 2 reached at step" in out
+        and "Saved checkpoint to checkpoints/smoke-poem-" in out
+    )
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert load_model(saved)[1]["text_name"] == "poem"
+    assert module.main([*command, "--seed", "1"]) == 1
+    assert "--restart" in capsys.readouterr().err
+    assert module.main([*command, "--seed", "1", "--restart"]) == 0
+    assert load_model(saved)[1]["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--preset", "nonsense"], "choose one of smoke"),
+        (["--preset", "smoke", "--text", "missing.txt"], "missing.txt does not exist"),
+        (["--preset", "smoke", "--batch-size", "0"], "batch_size"),
+        (["--preset", "smoke", "--windows", "open"], "windows"),
+    ],
+)
+def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, word):
+    """A traceback where a reader mistyped a name."""
+    monkeypatch.chdir(tmp_path)
+    assert module.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("error: ") and word in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_before_anything_was_trained(tmp_path, monkeypatch, capsys):
+    """Ctrl-C while the model is built: no traceback, and no claim that something was saved."""
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shakespeare_gpt.presets.load_text", interrupt)
+    assert module.main(["--preset", "smoke"]) == 130
+    assert "Saved checkpoint" not in capsys.readouterr().out
+
+
+def test_help_names_every_preset(capsys):
+    """A person who asks for help must see what there is to choose from."""
+    with pytest.raises(SystemExit):
+        module.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in PRESETS) and "--text" in out and "--restart" in out
+
+
+def test_log_of_a_resumed_run_goes_on(tmp_path):
+    """A log that starts over at each resume shows the last hour of a run of ten."""
+    path, log = tmp_path / "a.pt", tmp_path / "a.log"
+    for stop in (20, None):
+        steps = train(new_model(), IDS, changed(target=1.0), checkpoint=path, device="cpu")
+        with closing(logged(steps, log, {"preset": "tiny"})) as steps:
+            for step in steps:
+                if step.step == stop:
+                    break
+    lines = log.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# preset: tiny" and lines.count("# preset: tiny") == 1
+    assert "# resumed at step 21" in lines
+    numbers = [int(line.split(" |")[0]) for line in lines if re.match(r"\d+ \| ", line)]
+    assert numbers == [*range(10, step.step, 10), step.step]
+
+
+# --- the parts of the recipe ------------------------------------------------------------------------
+
+
+def test_learning_rate_shape():
+    """A schedule that never comes down, or starts at its peak, learns half as fast."""
+    config = changed(warmup_steps=10, final_lr=0.05)
+    rates = [learning_rate(step, 100, config) for step in range(150)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == rates[10] == 1.0
+    assert all(a < b for a, b in pairwise(rates[:10]))
+    assert all(a > b for a, b in pairwise(rates[10:101]))
+    assert rates[55] == pytest.approx(0.525)  # half-way down the line
+    assert rates[100:] == pytest.approx([0.05] * 50)
+
+
+def test_learning_rate_can_be_constant():
+    """The seed preset's rate is constant and has no warm-up."""
+    config = PRESETS["seed"].train
+    assert {learning_rate(step, 1000, config) for step in (0, 1, 500, 999, 2000)} == {1.0}
+    assert learning_rate(0, 1, config) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["fixed", "sequential"])
+@pytest.mark.parametrize("size", [1, 4, 7, 19])
+def test_each_window_once_a_pass(kind, size):
+    """A window left out of a pass is the place where the recitation breaks."""
+    order = WindowOrder(300, 16, kind, seed=3)
+    assert order.count == 19
+    places = torch.cat([order.batch(step, size) for step in range(8 * 19)]).split(19)
+    for number, starts in enumerate(places[: size * 8]):
+        assert sorted(starts.tolist()) == sorted(order.starts.tolist()), number
+    orders = {tuple(starts.tolist()) for starts in places[:8]}
+    assert len(orders) == (1 if kind == "sequential" else 8)
+    if kind == "sequential":
+        assert places[0].tolist() == order.starts.tolist()
+
+
+@pytest.mark.parametrize("kind", ["fixed", "shifted", "sequential"])
+def test_order_is_a_function_of_the_step(kind):
+    """An order that depends on what was asked before makes a resumed run differ."""
+    forward = WindowOrder(300, 16, kind, seed=3)
+    batches = [forward.batch(step, 4) for step in range(60)]
+    for step in (59, 0, 30, 29, 28, 5, 4, 10, 9):
+        fresh = WindowOrder(300, 16, kind, seed=3)
+        assert torch.equal(fresh.batch(step, 4), batches[step])
+        assert torch.equal(forward.batch(step, 4), batches[step])
+        if step:  # going back after a jump
+            assert torch.equal(fresh.batch(step - 1, 4), batches[step - 1])
+    if kind != "sequential":
+        other = WindowOrder(300, 16, kind, seed=4)
+        assert not torch.equal(
+            torch.cat([other.batch(s, 4) for s in range(9)]), torch.cat(batches[:9])
+        )
+
+
+def test_shifted_windows_cover_all():
+    """Cut at the same places in every pass, shifted windows would be fixed ones; with gaps, lose tokens."""
+    order = WindowOrder(300, 16, "shifted", seed=3)
+    assert order.count == 300 // 16
+    shifts, seen = set(), torch.zeros(300, dtype=torch.int64)
+    for number in range(40):
+        starts = torch.cat([order.batch(number * 18 + i, 1) for i in range(18)])
+        targets = (starts[:, None] + torch.arange(1, 17)).flatten() % 300
+        assert len(set(targets.tolist())) == 18 * 16  # no token twice in a pass
+        seen[targets] += 1
+        shifts.add(int(starts[0]) % 16)
+    assert len(shifts) > 10
+    assert seen.min() > 20
+
+
+@pytest.mark.parametrize("n", [17, 18, 32, 33, 34, 160, 300])
+def test_evaluate_is_the_mean_over_every_token(n):
+    """A mean of windows' means counts the last window's overlap twice: another number than claimed."""
+    model, ids, T = new_model(seed=4).train(), IDS[:n], 16
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)  # far from uniform
+        losses = []
+        for target in range(1, n):
+            start = min((target - 1) // T * T, n - 1 - T)
+            logits = model(ids[None, start:target])[0, -1]
+            losses.append(F.cross_entropy(logits, ids[target]).item())
+    expected = sum(losses) / (n - 1)
+    for batch_size in (1, 3, 16):
+        assert evaluate(model, ids, batch_size=batch_size) == pytest.approx(expected, abs=1e-5)
+    assert model.training  # as it was
+    shares = [evaluate(model, ids, batch_size=2, share=(0, 1))]
+    assert shares[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(24, 24)], [(8, 40)], [(40, 8)], [(16, 48), (16, 48), (48, 16), (16, 16)]], ids=str
+)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_muon_is_torchs_muon(shapes, decay):
+    """Ours works on all matrices of a shape at once; the update must be torch's, step for step."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    mine = [torch.nn.Parameter(w.clone()) for w in weights]
+    theirs = [torch.nn.Parameter(w.clone()) for w in weights]
+    options = {"lr": 0.05, "weight_decay": decay, "momentum": 0.9}
+    ours = Muon(mine, dtype=torch.bfloat16, **options)
+    torchs = torch.optim.Muon(theirs, **options)
+    for step in range(6):
+        for a, b in zip(mine, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator) * 10.0 ** (step - 3)
+            b.grad = a.grad.clone()
+        before = [b.detach().clone() for b in theirs]
+        for optimizer in (ours, torchs):
+            optimizer.param_groups[0]["lr"] = 0.05 / (step + 1)
+            optimizer.step()
+        for a, b, old in zip(mine, theirs, before, strict=True):
+            update = b.detach() - old
+            assert update.norm() > 0.1 * 0.05 / (step + 1)
+            # bf16 keeps three digits, and the two add up in another order.
+            assert (a - b).norm() < 0.02 * update.norm()
+            a.data.copy_(b.data)
+
+
+def test_muon_leaves_out_what_has_no_gradient():
+    """A layer that took no part must not be moved, nor stop the others."""
+    a, b = (torch.nn.Parameter(torch.eye(6)) for _ in range(2))
+    a.grad = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    Muon([a, b], lr=0.1, weight_decay=0.0).step()
+    assert torch.equal(b, torch.eye(6)) and not torch.equal(a, torch.eye(6))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_every_parameter_is_trained_once(kind):
+    """A parameter in no optimiser never learns; one in two is moved twice."""
+    model = new_model()
+    optimizers = make_optimizers(model, changed(optimizer=kind))
+    groups = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert len(groups) == len({id(p) for p in groups}) == len(list(model.parameters()))
+    if kind == "muon":
+        orthogonalised = {id(p) for g in optimizers[0].param_groups for p in g["params"]}
+        names = {n for n, p in model.named_parameters() if id(p) in orthogonalised}
+        assert names == {
+            n for n in model.state_dict() if re.search(r"c_(attn|proj|fc)\.weight$", n)
+        }
+
+
+def test_impossible_settings():
+    """A mistyped setting taken for the default trains something else."""
+    for bad in (
+        {"windows": "random"},
+        {"optimizer": "sgd"},
+        {"precision": "int8"},
+        {"batch_size": 0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            TrainConfig(**bad)
+
+
+# --- more than one process --------------------------------------------------------------------------
+
+WORKER = """
+import json, sys, torch, torch.distributed as dist
+from contextlib import closing
+from pathlib import Path
+from test_train import IDS, RECIPE, new_model
+from shakespeare_gpt.train import evaluate, logged, train
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, folder = dist.get_rank(), Path(sys.argv[1])
+model = new_model()
+steps = train(model, IDS, RECIPE, checkpoint=folder / f"rank{rank}.pt", device="cpu")
+with closing(steps):
+    for step in steps:
+        if step.step == 15:
+            break
+mean = evaluate(model, IDS, batch_size=2, share=(rank, 2))
+(folder / f"rank{rank}.json").write_text(json.dumps([step.history.losses, step.history.tokens, mean]))
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Shares that overlap, gradients added instead of averaged, a mean of one rank only, two writers."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    paths = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, str(worker), str(tmp_path)],
+        env=environment,
+        cwd=tmp_path,
+        check=True,
+        timeout=300,
+    )
+    model, step = run(stop_after=15, checkpoint=tmp_path / "alone.pt")
+    for rank in (0, 1):
+        losses, tokens, mean = json.loads(
+            (tmp_path / f"rank{rank}.json").read_text(encoding="utf-8")
+        )
+        assert losses == pytest.approx(step.history.losses, abs=1e-4)
+        assert tokens == step.history.tokens
+        assert mean == pytest.approx(evaluate(model, IDS), abs=1e-4)
+    assert (tmp_path / "rank0.pt").exists() and not (tmp_path / "rank1.pt").exists()
+    state = load_checkpoint(tmp_path / "rank0.pt")
+    assert set(state["model"]) == set(model.state_dict())  # no "module." before the names
+    # And one process can go on where two stopped.
+    _, last = run(changed(max_passes=200), checkpoint=tmp_path / "rank0.pt")
+    assert last.done and last.history.losses[:15] == state["history"]["losses"]
+
+
+def test_batch_that_cannot_be_shared(monkeypatch):
+    """Three processes and a batch of four: a remainder dropped silently changes the recipe."""
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 0)
+    with pytest.raises(TrainingError) as error:
+        next(train(new_model(), IDS, RECIPE, device="cpu"))
+    assert "3 processes" in one_line(error)
