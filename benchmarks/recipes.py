@@ -55,8 +55,8 @@ def run(
         first = next((i + 1 for i, loss in enumerate(losses) if loss < TARGET), None)
         tail = max(1, len(losses) // max(1, round(config.passes)))
         row |= {
-            "steps": len(losses) + 1,
-            "tokens": step.history.tokens + batch,
+            "steps": len(losses),
+            "tokens": step.history.tokens,
             "first_batch_tokens": first and first * batch,
             "last_pass_mean": sum(losses[-tail:]) / tail,
             "seconds": step.history.seconds,

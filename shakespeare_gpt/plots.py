@@ -11,6 +11,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 from shakespeare_gpt.checkpoint import load_checkpoint, load_model
 from shakespeare_gpt.data import Text, load_text
@@ -143,3 +144,82 @@ def trained_model(preset: Preset | None = None, device=None) -> tuple[GPT, Text,
         watch(start(preset, text, device=device))
     model, meta = load_model(path, device)
     return model, text, meta
+
+
+def read_log(path: str | os.PathLike) -> tuple[dict[str, str], np.ndarray, np.ndarray]:
+    """A log's head, and the steps and batch losses of its lines."""
+    head, rows = {}, []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and ": " in line:
+            key, value = line[2:].split(": ", 1)
+            head[key] = value
+        elif line[:1].isdigit():
+            rows.append(line.split(" | ")[:2])
+    table = np.array(rows, dtype=float)
+    return head, table[:, 0], table[:, 1]
+
+
+def token_loss_figure(losses, context: int) -> plt.Figure:
+    """The loss of every token of a text as one picture, one window to a column, read downwards."""
+    losses = np.asarray(losses)
+    columns = -(-len(losses) // context)
+    grid = np.full(columns * context, np.nan)
+    grid[: len(losses)] = losses
+    fig, ax = plt.subplots(figsize=(8, 3.6))
+    image = ax.imshow(
+        np.minimum(grid, 5.0).reshape(columns, context).T,
+        aspect="auto",
+        interpolation="nearest" if columns < 400 else "antialiased",
+        cmap="magma_r",
+        vmin=0,
+        vmax=5,
+    )
+    ax.grid(False)
+    ax.set(xlabel="window, in the order of the text", ylabel="token in the window")
+    fig.colorbar(image, label="loss (nats; 5 and more in black)", pad=0.01)
+    return fig
+
+
+def learning_gif(moments: list[tuple[int, str]], prompt: str, truth: str, name: str) -> None:
+    """An animation of one prompt continued at several moments of a run, and its last frame as a still.
+
+    ``moments``: (step, continuation). What agrees with ``truth`` from the beginning on is green. Written to
+    ``figures/NAME.gif`` and ``.png``, where ``save`` would write.
+    """
+    frames = []
+    for step, said in moments:
+        right = len(os.path.commonprefix([said, truth]))
+        fig = plt.figure(figsize=(8, 4.2), dpi=100, layout="none")
+        fig.text(0.04, 0.92, f"step {step:,}", fontsize=15, color=GREY, va="top", family="monospace")
+        fig.text(
+            0.96, 0.92, f"{right} characters right", fontsize=11, color=GREY, va="top", ha="right"
+        )
+        lines = (prompt + said).split("\n")[:11]
+        at = 0
+        for i, line in enumerate(lines):
+            y, x = 0.80 - 0.07 * i, 0.04
+            for piece, colour in _coloured(line, at, len(prompt), len(prompt) + right):
+                shown = fig.text(x, y, piece, fontsize=12, color=colour, va="top", family="monospace")
+                box = shown.get_window_extent(fig.canvas.get_renderer())
+                x = fig.transFigure.inverted().transform((box.x1, 0))[0] if piece.strip() else x
+            at += len(line) + 1
+        fig.canvas.draw()
+        frames.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()))
+        plt.close(fig)
+    if os.environ.get(FIGURES_VARIABLE) == "0" or get_preset().name == "smoke":
+        return
+    folder = Path("figures")
+    folder.mkdir(exist_ok=True)
+    durations = [700] * (len(frames) - 1) + [3500]
+    small = [frame.quantize(64) for frame in frames]
+    small[0].save(
+        folder / f"{name}.gif", save_all=True, append_images=small[1:], duration=durations, loop=0
+    )
+    frames[-1].save(folder / f"{name}.png")
+
+
+def _coloured(line: str, at: int, given: int, right: int) -> list[tuple[str, str]]:
+    """Cut a line that begins at character ``at`` into prompt, right and wrong, each with its colour."""
+    cuts = [0, *(min(max(0, edge - at), len(line)) for edge in (given, right)), len(line)]
+    pieces = zip(cuts, cuts[1:], ("#222222", GREEN, RED), strict=False)
+    return [(line[a:b], colour) for a, b, colour in pieces if b > a]

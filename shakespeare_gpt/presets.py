@@ -82,6 +82,15 @@ PRESETS = {
             text="tinyshakespeare",
         ),
         Preset(
+            name="anywhere",
+            about="as gpt2, but cut into other windows at every pass: recites from any place",
+            model=GPTConfig(),
+            train=TrainConfig(
+                batch_size=8, passes=24, muon_lr=0.01, adam_lr=4e-3, windows="shifted"
+            ),
+            text="tinyshakespeare",
+        ),
+        Preset(
             name="seed",
             about="the baseline: the same model trained as the assignment's published run was",
             model=GPTConfig(),

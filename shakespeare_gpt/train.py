@@ -689,7 +689,7 @@ def best_precision(device: torch.device) -> tuple[str, str]:
         name = "bf16" if ratio > 1.5 else "fp32"
         _measured["cpu"] = (
             name,
-            f"bf16 matrix products run at {ratio:.1f} times fp32's speed on this CPU",
+            f"bf16 matrix products run at {ratio:.2g} times fp32's speed on this CPU",
         )
     return _measured["cpu"]
 
