@@ -718,6 +718,7 @@ def _writing(play: Play) -> None:
                     160,
                     step=1,
                     label="Length",
+                    elem_id="length",
                     info="tokens, each about ¾ of a word",
                 )
                 temperature = gr.Slider(
@@ -726,6 +727,7 @@ def _writing(play: Play) -> None:
                     0.8,
                     step=0.05,
                     label="Temperature",
+                    elem_id="temperature",
                     info="0: always the likeliest word",
                 )
                 top_k = gr.Slider(

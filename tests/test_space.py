@@ -8,6 +8,7 @@ into OUT (default: build/shots). figures/hf_space.png is a copy of OUT/desktop-l
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -18,8 +19,11 @@ import sys
 import tempfile
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 
@@ -27,11 +31,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from tiny_play import tiny_checkpoint  # noqa: E402
+
 from shakespeare_gpt import export  # noqa: E402
-from shakespeare_gpt.checkpoint import save_checkpoint  # noqa: E402
-from shakespeare_gpt.data import load_text  # noqa: E402
-from shakespeare_gpt.generate import GenerationStats  # noqa: E402
-from shakespeare_gpt.model import GPT, GPTConfig  # noqa: E402
+from shakespeare_gpt.data import Text  # noqa: E402
+from shakespeare_gpt.tokenizer import encode  # noqa: E402
 
 # ---------------------------------------------------------------------------- a server and a browser
 
@@ -228,6 +232,397 @@ def screenshots(folder: Path, out: Path):
                 )
                 wait_for(driver, lambda d: finished(d, "#stop-recital"), "the end of the recital")
                 whole_page(driver, out / f"{kind}-{theme}-recite.png", width)
+
+
+# ---------------------------------------------------------------------------- the app's functions
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    """A Space with a tiny model that knows a page of the play."""
+    base = tmp_path_factory.mktemp("space")
+    checkpoint, source, _ = tiny_checkpoint(base)
+    export.stage_space(base / "staged", checkpoint, source)
+    return base / "staged"
+
+
+@pytest.fixture(scope="module")
+def app(staged):
+    """The module app.py of the staged folder; its model is loaded."""
+    spec = importlib.util.spec_from_file_location("staged_app", staged / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["staged_app"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def play(app, staged):
+    return app.Play.load(staged)
+
+
+def last(iterator):
+    for value in iterator:  # noqa: B007
+        pass
+    return value
+
+
+def answer(app, play, prompt, length=12, temperature=0.8, top_k=0, top_p=1.0, seed=1, **options):
+    return last(
+        app.continue_prompt(play, prompt, length, temperature, top_k, top_p, seed, **options)
+    )
+
+
+class Page(HTMLParser):
+    """The tags of some HTML and its text."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [name for name, _ in attrs]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+NASTY = [
+    "",
+    " ",
+    "🎭🌊 naïve \u202eevil",
+    "<|endoftext|>",
+    "<script>alert(1)</script>",
+    "</div><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "${alert(1)} {{7*7}} {% raw %}",
+    "\ud83d half a character",
+    "\0\r\n\t",
+    "Ennor:\n" * 200,
+]
+
+
+@pytest.mark.parametrize("prompt", NASTY, ids=range(len(NASTY)))
+def test_any_prompt_gets_an_answer_and_no_markup(app, play, prompt):
+    result = answer(app, play, prompt)
+    assert result.done
+    assert result.stats.tokens == 12
+    page = Page(app.leaf(play, result))
+    assert set(page.tags) <= {"div", "span", "b", "mark", "sup", "ol", "li", "p"}
+    assert set(page.attributes) <= {"class", "title"}
+    assert result.prompt in page.text
+    json.dumps(app.describe_answer(play, result)).encode("utf-8")
+    app.leaf(play, result).encode("utf-8")
+
+
+def test_what_the_model_writes_and_the_metadata_are_escaped(app, play):
+    evil = "<script>alert(1)</script>"
+    assert "<script" not in app.leaf(play, app.Answer("", 1, text=evil, done=True))
+    bad = app.Play(play.model, play.text, {"text_name": evil, "device": evil, "loss": evil}, evil)
+    for page in (app.about(bad), app._masthead(bad), app.notice(evil), app.figures((evil, evil))):
+        assert "<script" not in page
+        assert "&lt;script" in page
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("x" * 100_000, "100,000 characters; the limit is 2,000"),
+        (["a"], "must be text"),
+        (7, "must be text"),
+    ],
+    ids=["long", "list", "number"],
+)
+def test_other_prompts_get_a_message(app, play, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        answer(app, play, prompt)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], float("nan"), {"a": 1}])
+def test_a_setting_that_is_no_number_is_the_default(app, value):
+    assert app.number(value, 0, 2, 0.8) == 0.8
+
+
+def test_settings_are_clamped_on_the_server(app, play):
+    assert answer(app, play, "Ennor:", length=-5).stats.tokens == 1
+    assert answer(app, play, "Ennor:", length=1e300, temperature=0).stats.tokens <= app.MAX_LENGTH
+    answer(app, play, "Ennor:", temperature=float("inf"), top_k=-3, top_p=float("nan"))
+    assert app.number("1e999", 0, 2, 0.8) == 2
+
+
+@pytest.mark.parametrize("seed", ["x", -1, 1.5, True, 2**63, "9" * 30, [1]])
+def test_a_seed_that_is_none_gets_a_message(app, play, seed):
+    with pytest.raises(ValueError, match="whole number"):
+        answer(app, play, "Ennor:", seed=seed)
+
+
+def test_a_seed_gives_the_same_text_twice_and_none_a_new_one(app, play):
+    one, two = (answer(app, play, "Ennor:", length=40, temperature=1.5, seed=s) for s in (5, "5"))
+    assert one.text == two.text
+    assert one.seed == two.seed == 5
+    seeds = {answer(app, play, "", length=1, seed=None).seed for _ in range(4)}
+    assert len(seeds) > 1
+    drawn = answer(app, play, "Ennor:", length=40, temperature=1.5, seed="")
+    assert (
+        answer(app, play, "Ennor:", length=40, temperature=1.5, seed=drawn.seed).text == drawn.text
+    )
+
+
+def test_quotations_are_marked_with_their_place(app, play):
+    result = answer(app, play, "First Fisher:\nHaul", length=16, temperature=0)
+    assert result.text.startswith(" softly there. The thing is not a spar.")
+    page = app.leaf(play, result)
+    assert "<mark" in page
+    assert "First Fisher, line 2" in Page(page).text
+    assert app.quoted_share(play, result.text) > 0.9
+    told = app.describe_answer(play, result)
+    assert told["quotations"][0]["line"] == 2
+    assert told["quotations"][0]["speaker"] == "First Fisher"
+    assert told["acceptance_rate"] > 0.5
+
+
+def test_invented_words_are_not_marked(app, play):
+    page = app.leaf(
+        play, app.Answer("Ennor:", 1, text=" the moon is a wheel of cheese tonight", done=True)
+    )
+    assert "<mark" not in page
+    assert "Nothing here is quoted" in page
+
+
+def test_stopping_ends_after_the_token_in_hand(app, play):
+    asked = []
+
+    def stopped():
+        asked.append(1)
+        return len(asked) == 3
+
+    result = answer(app, play, "Ennor:", length=200, temperature=1.5, stopped=stopped)
+    assert result.done
+    assert result.stats.tokens <= 4
+
+
+def test_closing_the_page_closes_the_model(app, play):
+    """Gradio closes the generator when a request is cancelled: nothing may go on computing."""
+    running = app.continue_prompt(play, "Ennor:", 400, 1.5, 0, 1.0, 1)
+    first = next(running)
+    running.close()
+    tokens = first.stats.tokens
+    time.sleep(0.2)
+    assert first.stats.tokens == tokens < 60
+
+
+def test_texts_of_clients_are_not_mixed(app, play):
+    jobs = [(prompt, seed) for seed in range(4) for prompt in ("Ennor:", "First Fisher:\n", "")]
+
+    def run(job):
+        return answer(app, play, job[0], length=50, temperature=1.2, seed=job[1]).text
+
+    alone = [run(job) for job in jobs]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(run, jobs)) == alone
+
+
+def test_reciting_compares_token_by_token(app, play):
+    recital = last(app.recite_line(play, 2, 10))
+    assert recital.given.endswith("not a spar.")
+    assert recital.told == recital.truth
+    assert recital.difference is None
+    assert recital.matching == 10
+    assert "wrong" not in app.versus(play, recital)
+    assert "10 of 10" in app.recital_figures(recital)
+    recital.told[4] = 0
+    assert recital.matching == recital.difference == 4
+    assert app.versus(play, recital).count('<mark class="wrong">') == 2
+    assert "token 5" in app.recital_figures(recital)
+
+
+@pytest.mark.parametrize("line", [-3, 0, 1, 3, 10**9, None, "x"])
+def test_any_line_can_be_asked_for(app, play, line):
+    recital = last(app.recite_line(play, line, 1e9))
+    assert 1 <= len(recital.told) <= app.MAX_RECITAL
+    app.versus(play, recital).encode("utf-8")
+
+
+def test_lines_to_choose_are_spread_over_the_text(app, play):
+    speeches = play.speeches()
+    assert len(speeches) > 5
+    for who, line, words in speeches:
+        assert play.lines[line - 1].strip() == words
+        assert play.lines[line - 2] == f"{who}:"
+    assert app.spread(list(range(100)), 4) == [0, 25, 50, 75]
+    assert app.spread([1, 2], 4) == [1, 2]
+
+
+def test_a_text_without_speakers_has_lines_too(app, play):
+    words = "One day.\n\nAnother day came, and went.\nThen a third.\n\n\n"
+    text = Text("prose", words, torch.tensor(encode(words)))
+    prose = app.Play(play.model, text, {}, "")
+    assert prose.speeches()[0] == ("", 1, "One day.")
+    assert last(app.recite_line(prose, 3, 5)).truth
+
+
+def test_cores_are_those_of_the_container(app, monkeypatch):
+    monkeypatch.setenv("CPU_CORES", "3")
+    assert app.cores() == 3
+    monkeypatch.setenv("CPU_CORES", "many")
+    assert 1 <= app.cores() <= os.cpu_count()
+
+
+# ---------------------------------------------------------------------------- bad weights
+
+
+def config_text(demo) -> str:
+    return json.dumps([c.get("props", {}).get("value") for c in demo.config["components"]])
+
+
+def test_without_weights_the_page_says_so(app, tmp_path):
+    page = config_text(app.build(tmp_path))
+    assert "cannot speak yet" in page
+    assert "There are no weights at model.safetensors" in page
+    assert "shakespeare_gpt.export --stage" in page
+
+
+@pytest.mark.parametrize("damage", ["pickle", "cut", "text", "no text", "header"])
+def test_wrong_weights_are_refused(app, staged, tmp_path, damage):
+    folder = tmp_path / "space"
+    shutil.copytree(staged, folder)
+    weights = folder / "model.safetensors"
+    if damage == "pickle":
+        torch.save({"a": torch.zeros(1)}, weights)
+    elif damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "text":
+        (folder / "text.txt").write_text("Another text altogether.\n" * 50, encoding="utf-8")
+    elif damage == "no text":
+        (folder / "text.txt").unlink()
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"a": torch.zeros(1)}, weights)
+    demo = app.build(folder)
+    assert "cannot speak yet" in config_text(demo)
+
+
+def test_the_api_says_what_is_missing(app, tmp_path):
+    demo = app.build(tmp_path)
+    endpoint = next(f for f in demo.fns.values() if f.api_name == "generate")
+    with pytest.raises(gr.Error, match="no weights"):
+        next(endpoint.fn("Ennor:"))
+
+
+def test_the_queue_is_bounded_and_nothing_goes_round_it(app):
+    assert app.demo._queue.max_size == app.WAITING
+    named = [f for f in app.demo.fns.values() if f.concurrency_id == "model"]
+    assert len(named) == 5  # two endpoints, Generate, Recite, Surprise me
+    assert all(f.concurrency_limit == app.AT_ONCE for f in named)
+
+
+# ---------------------------------------------------------------------------- as a program
+
+
+@pytest.fixture(scope="module")
+def address(staged):
+    with server(staged) as url:
+        yield url
+
+
+def test_gradio_client(address):
+    from gradio_client import Client
+
+    client = Client(address, verbose=False)
+    try:
+        result = client.predict("First Fisher:\nHaul", 16, 0.0, api_name="/generate")
+        assert result["text"].startswith(" softly there.")
+        assert result["done"]
+        assert result["quotations"][0]["speaker"] == "First Fisher"
+        stream = list(client.submit("Ennor:", 300, 1.5, seed=3, api_name="/generate"))
+        assert len(stream) > 2  # it came piece by piece
+        assert all(b["text"].startswith(a["text"]) for a, b in itertools.pairwise(stream))
+        recital = client.predict(2, 10, api_name="/recite")
+        assert recital["original"] == recital["recited"]
+        assert recital["first_difference"] is None
+        with pytest.raises(Exception, match="100,000 characters"):
+            client.predict("x" * 100_000, api_name="/generate")
+        assert client.predict("<script>", 3, api_name="/generate")["tokens"] == 3
+    finally:
+        client.close()
+
+
+@needs_browser
+def test_in_a_browser(address):
+    """Type, generate, see quotations, stop, the second tab, a prompt full of markup, a phone."""
+    with browser() as driver:
+        open_page(driver, address)
+        driver.execute_script("window.intruder = 0; window.alert = () => { window.intruder += 1 }")
+        type_prompt(driver, "First Fisher:\nHaul")
+        driver.execute_script(
+            "const [length, heat] = ['#length', '#temperature'].map(e => "
+            "document.querySelector(e + ' input[type=number]'));"
+            "for (const [e, v] of [[length, 20], [heat, 0]]) { e.value = v; "
+            "e.dispatchEvent(new Event('input', {bubbles: true})); "
+            "e.dispatchEvent(new Event('change', {bubbles: true})); }"
+        )
+        click(driver, "#generate")
+        wait_for(driver, lambda d: "not a spar." in text_of(d, "#page"), "the continuation")
+        wait_for(
+            driver, lambda d: "line 2" in text_of(d, "#page .places"), "where the quotation stands"
+        )
+        assert "Haul softly there." in text_of(driver, "#page .leaf")
+        assert driver.find_elements("css selector", "#page mark")
+        wait_for(driver, lambda d: "20 tokens" in text_of(d, "#figures"), "the figures")
+
+        driver.execute_script(
+            "for (const [e, v] of [['#length', 400], ['#temperature', 2]]) { "
+            "const box = document.querySelector(e + ' input[type=number]'); box.value = v; "
+            "box.dispatchEvent(new Event('input', {bubbles: true})); "
+            "box.dispatchEvent(new Event('change', {bubbles: true})); }"
+        )
+        click(driver, "#generate")
+        # The page itself presses Stop at the first words: a driver would be too slow for so small a model.
+        driver.execute_async_script(
+            "const done = arguments[0]; const timer = setInterval(() => { "
+            "const b = document.querySelector('#stop'), t = document.querySelector('#figures'); "
+            "if (!b.disabled && t.innerText.includes('tokens') && !t.innerText.includes('20 tokens')) "
+            "{ b.click(); clearInterval(timer); done() } }, 5)"
+        )
+        wait_for(driver, lambda d: "Stopped." in text_of(d, "#note"), "that it has stopped")
+        wait_for(driver, lambda d: finished(d, "#stop"), "the Stop button to be off again")
+        stopped = text_of(driver, "#page")
+        time.sleep(0.7)
+        assert text_of(driver, "#page") == stopped
+        assert "400 tokens" not in text_of(driver, "#figures")
+
+        type_prompt(
+            driver, "</div><img src=x onerror=alert(1)><script>alert(2)</script>${alert(3)}{{7*7}}"
+        )
+        click(driver, "#generate")
+        wait_for(
+            driver,
+            lambda d: "<img src=x" in text_of(d, "#page .given"),
+            "the prompt as it was typed",
+        )
+        wait_for(driver, lambda d: finished(d, "#stop"), "the end")
+        assert "${alert(3)}{{7*7}}" in text_of(driver, "#page .given")
+        assert not driver.find_elements("css selector", "#page img, #page script")
+        assert driver.execute_script("return window.intruder") == 0
+
+        open_tab(driver, "How well")
+        click(driver, "#recite")
+        wait_for(driver, lambda d: "word for word" in text_of(d, "#recital-figures"), "the recital")
+        wait_for(driver, lambda d: finished(d, "#stop-recital"), "the end of the recital")
+        assert text_of(driver, "#recital .original .leaf").split()[:2] == ["Second", "Fisher:"]
+        assert text_of(driver, "#recital .recital .leaf").split()[:2] == ["Second", "Fisher:"]
+        before = text_of(driver, "#recital")
+        click(driver, "#surprise")
+        wait_for(driver, lambda d: text_of(d, "#recital") != before, "another line")
+
+        set_width(driver, 390, 844)
+        open_page(driver, address, "dark")
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert "dark" in driver.execute_script("return document.body.className")
+        open_tab(driver, "How well")
 
 
 if __name__ == "__main__":
