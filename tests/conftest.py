@@ -1,6 +1,7 @@
 """What all tests share: an environment of their own, few threads, and Tiny Shakespeare where it is at hand."""
 
 import os
+import shutil
 from pathlib import Path
 
 # A reader's settings must not decide what is tested. Read before anything imports the package.
@@ -37,3 +38,25 @@ def tiny_shakespeare_path() -> Path:
         if path.is_file():
             return path
     pytest.skip("no copy of Tiny Shakespeare here: name one in SHAKESPEARE_GPT_TINYSHAKESPEARE")
+
+
+# What git ignores, and git itself: a copy of the rest is what somebody else gets.
+LEFT_OUT = shutil.ignore_patterns(
+    ".git",
+    ".venv",
+    "venv",
+    "build",
+    "checkpoints",
+    "__pycache__",
+    ".*_cache",
+    ".hypothesis",
+    ".ipynb*",
+)
+
+
+@pytest.fixture(scope="session")
+def repository_copy(tmp_path_factory) -> Path:
+    """The repository in a temporary folder, so that no test writes into the checkout."""
+    return Path(
+        shutil.copytree(REPOSITORY, tmp_path_factory.mktemp("copy") / "repo", ignore=LEFT_OUT)
+    )

@@ -130,7 +130,7 @@ def test_stream_decoder_waits_and_says_what_never_came():
 def test_pattern_is_tiktokens():
     """A word pattern of our own making could agree on English and differ on everything else."""
     public = pytest.importorskip("tiktoken_ext.openai_public")
-    assert WORD_PATTERN == public.r50k_pat_str
+    assert public.r50k_pat_str == WORD_PATTERN
 
 
 def test_agrees_with_tiktokens_own_gpt2():

@@ -1,0 +1,63 @@
+"""Execute notebooks as they are committed: ``python notebooks/execute.py notebooks/*.ipynb``.
+
+Each is run from top to bottom in a fresh kernel and written back without saved widget state and timings,
+and with a fingerprint of its code, by which a test sees that no cell was changed after it was executed.
+SHAKESPEARE_GPT_PRESET and the other variables act as always. ``--to FOLDER`` writes elsewhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+import nbformat
+
+
+def fingerprint(notebook: nbformat.NotebookNode) -> str:
+    """SHA-256 of all code cells, but for the line that holds the repository's address."""
+    lines = [
+        line
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for line in [*cell.source.split("\n"), "---"]
+        if not line.startswith("REPOSITORY = ")
+    ]
+    return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
+
+
+def execute(path: Path, target: Path) -> None:
+    """Run a notebook in its own folder and write it, stamped, to ``target``; an error in a cell is raised."""
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(
+        notebook,
+        timeout=None,  # the training cell of a large preset takes as long as it takes
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(path.resolve().parent)}},
+    ).execute()
+    notebook.metadata.pop("widgets", None)  # widget state that GitHub refuses to show
+    notebook.metadata["language_info"] = {"name": "python"}
+    notebook.metadata["shakespeare_gpt"] = {"code": fingerprint(notebook)}
+    nbformat.validate(notebook)
+    nbformat.write(notebook, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Execute notebooks as they are committed.")
+    parser.add_argument("notebooks", nargs="+", type=Path)
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: in place")
+    options = parser.parse_args()
+    for path in options.notebooks:
+        target = path
+        if options.to:
+            options.to.mkdir(parents=True, exist_ok=True)
+            target = options.to / path.name
+        execute(path, target)
+        print(f"executed {target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The notebooks: each one runs at the smoke preset, and the committed ones are what a reader should see."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import REPOSITORY
+
+from shakespeare_gpt.address import ADDRESS
+
+sys.path.insert(0, str(REPOSITORY / "notebooks"))
+from execute import fingerprint
+
+NAMES = ["01_tokenization", "02_architecture", "03_training", "04_sampling", "05_space"]
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+LOCAL_PATH = re.compile(r"(?<![\w.])/(?:work|root|home|tmp|Users|content)/[\w.-]+")
+
+
+def cells(path: Path, kind: str | None = None) -> list:
+    notebook = nbformat.read(path, as_version=4)
+    return [cell for cell in notebook.cells if kind is None or cell.cell_type == kind]
+
+
+def text_of(output) -> str:
+    """All that an output shows as text; pictures left out."""
+    data = output.get("data", {})
+    texts = [v for k, v in data.items() if not k.startswith(("image/png", "image/jpeg"))]
+    return json.dumps([texts, output.get("text", ""), output.get("traceback", "")])
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What a kernel is started with: the smoke preset, and nothing of the tests' own."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "PYTHONPATH")}
+    return {**kept, "SHAKESPEARE_GPT_PRESET": "smoke", **more}
+
+
+def execute(path: Path, cwd: Path, script: Path, **more: str) -> nbformat.NotebookNode:
+    done = subprocess.run(
+        [sys.executable, str(script), str(path)],
+        cwd=cwd,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return nbformat.read(path, as_version=4)
+
+
+def assert_clean(notebook) -> None:
+    """No error, no warning, no path of the machine, in any output."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            start = cell.source[:80]
+            assert output.output_type != "error", start
+            assert output.get("name") != "stderr", (start, output.get("text"))
+            assert not LOCAL_PATH.search(text_of(output)), (start, text_of(output)[:500])
+
+
+# --- they run ---------------------------------------------------------------------------------------
+
+
+@each
+def test_runs_at_smoke(path, repository_copy):
+    """A change of the package that breaks a notebook must not wait for a reader to find it."""
+    if path.stem.startswith("04"):  # this one must train on the spot; 05 then finds its checkpoint
+        shutil.rmtree(repository_copy / "checkpoints", ignore_errors=True)
+    copy = repository_copy / "notebooks" / path.name
+    before = {p.name for p in (REPOSITORY / "checkpoints").glob("*")}
+    notebook = execute(copy, repository_copy, repository_copy / "notebooks" / "execute.py")
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr", (cell.source[:80], output.get("text"))
+    assert {p.name for p in (REPOSITORY / "checkpoints").glob("*")} == before
+
+
+@pytest.mark.skipif(not NOTEBOOKS, reason="no notebook yet")
+def test_runs_alone_as_in_colab(tmp_path, repository_copy):
+    """In a fresh Colab tab there is the notebook and nothing else: its first cell must fetch the rest."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    served = tmp_path / "served"
+    shutil.copytree(repository_copy, served, ignore=shutil.ignore_patterns("checkpoints", "build"))
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *arguments], cwd=served, check=True)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    copy = Path(shutil.copy(NOTEBOOKS[0], alone))
+    execute(
+        copy,
+        alone,
+        REPOSITORY / "notebooks" / "execute.py",
+        GIT_CONFIG_COUNT="1",
+        GIT_CONFIG_KEY_0=f"url.{served.as_uri()}.insteadOf",
+        GIT_CONFIG_VALUE_0=ADDRESS,
+        PIP_NO_INDEX="1",  # the requirements are installed: nothing may be fetched
+    )
+    assert (alone / "shakespeare-gpt" / "shakespeare_gpt" / "model.py").is_file()
+
+
+# --- what is committed ------------------------------------------------------------------------------
+
+
+def test_all_five_are_there():
+    """The README and the chain of links promise five."""
+    assert [path.stem for path in NOTEBOOKS] == NAMES
+
+
+@each
+def test_executed_in_order(path):
+    """Cells run out of order show results that nobody gets who runs the notebook."""
+    code = cells(path, "code")
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert sum(bool(cell.outputs) for cell in code) >= len(code) / 2
+
+
+@each
+def test_sources_are_those_that_ran(path):
+    """A cell edited after it was run stands above an output that it never gave."""
+    notebook = nbformat.read(path, as_version=4)
+    stamp = notebook.metadata.get("shakespeare_gpt", {}).get("code")
+    assert stamp == fingerprint(notebook), f"run: python notebooks/execute.py notebooks/{path.name}"
+
+
+@each
+def test_outputs_are_clean(path):
+    """An error, a warning or somebody's home folder in a page that is meant to be read."""
+    assert_clean(nbformat.read(path, as_version=4))
+
+
+@each
+def test_saved_small_and_valid(path):
+    """GitHub refuses saved widget state and shows no large notebook."""
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert "widgets" not in notebook.metadata
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert path.stat().st_size < 5_000_000
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+@each
+def test_sources_hold_no_local_path(path):
+    """A path that exists on one machine only, in a cell or in the prose."""
+    for cell in cells(path):
+        assert not LOCAL_PATH.search(cell.source.replace("/content/shakespeare-gpt", "")), (
+            cell.source[:80]
+        )
+
+
+@each
+def test_opens_in_colab_and_names_the_next(path):
+    """A badge copied from the notebook before opens the wrong one."""
+    all_cells = cells(path)
+    slug = ADDRESS.removeprefix("https://github.com/")
+    badge = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name}"
+    assert all_cells[0].cell_type == "markdown" and badge in all_cells[0].source
+    assert all_cells[1].cell_type == "code" and f'REPOSITORY = "{ADDRESS}"' in all_cells[1].source
+    assert all_cells[1].source == cells(NOTEBOOKS[0])[1].source
+    assert all_cells[-1].cell_type == "markdown" and "<details>" in all_cells[-1].source
+    following = NAMES[NAMES.index(path.stem) + 1 :][:1]
+    assert all(name in all_cells[-1].source for name in following)
+
+
+@each
+def test_reads_as_a_page(path):
+    """Walls of code: short cells, and never more than two without prose between them."""
+    kinds = "".join("c" if cell.cell_type == "code" else "m" for cell in cells(path))
+    assert "ccc" not in kinds
+    lengths = sorted(len(cell.source.splitlines()) for cell in cells(path, "code"))
+    assert lengths[len(lengths) // 2] <= 8
+    assert lengths[-1] <= 30
+
+
+@each
+def test_code_opens_files_as_utf8(path):
+    """On Windows ``open`` without an encoding reads the text as something else."""
+    for cell in cells(path, "code"):
+        source = "\n".join(
+            line for line in cell.source.split("\n") if not line.startswith(("%", "!"))
+        )
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+                keywords = {k.arg for k in node.keywords}
+                binary = any(
+                    isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args[1:]
+                )
+                if name in ("read_text", "write_text") or (name == "open" and not binary):
+                    assert "encoding" in keywords, ast.unparse(node)
