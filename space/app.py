@@ -750,19 +750,18 @@ def _writing(play: Play) -> None:
                 )
             gr.HTML(about(play), elem_id="about")
 
-    def write(*values, request: gr.Request):
+    def on_write(prompt, length, temperature, top_k, top_p, seed, request: gr.Request):
+        values = prompt, length, temperature, top_k, top_p, seed
         yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
         try:
             with _stoppable(request) as stopped:
                 for answer in continue_prompt(play, *values, stopped=stopped):
-                    yield leaf(play, answer), answer_figures(play, answer), "", gr.skip()
+                    yield leaf(play, answer), answer_figures(play, answer), gr.skip(), gr.skip()
+                if stopped():
+                    yield gr.skip(), gr.skip(), notice("Stopped."), gr.skip()
         except ValueError as error:
             yield gr.skip(), "", notice(str(error), "bad"), gr.skip()
         yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False)
-
-    # A named parameter for each input: Gradio passes them by position and looks for ``request``.
-    def on_write(prompt, length, temperature, top_k, top_p, seed, request: gr.Request):
-        yield from write(prompt, length, temperature, top_k, top_p, seed, request=request)
 
     job = gr.on(
         [go.click, prompt.submit],
@@ -820,7 +819,9 @@ def _reciting(play: Play) -> None:
         try:
             with _stoppable(request) as stopped:
                 for recital in recite_line(play, line, tokens, stopped=stopped):
-                    yield versus(play, recital), recital_figures(recital), "", gr.skip()
+                    yield versus(play, recital), recital_figures(recital), gr.skip(), gr.skip()
+                if stopped():
+                    yield gr.skip(), gr.skip(), notice("Stopped."), gr.skip()
         except ValueError as error:
             yield gr.skip(), "", notice(str(error), "bad"), gr.skip()
         yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False)
