@@ -251,8 +251,9 @@ class Draft:
 
 
 # How many tokens are guessed at a time: twice as many after each guess that was right to the end, after
-# any other as many as were right. Two cost hardly more than one; beyond 64 nothing is gained.
-FIRST_GUESS, SHORTEST_GUESS, LONGEST_GUESS = 8, 2, 64
+# any other as many as were right. Beyond 64 nothing is gained. A wrong guess costs time, so after one of which
+# nothing was right the next so many tokens are not guessed: 1, then 2, 4, ..., until something is right again.
+FIRST_GUESS, SHORTEST_GUESS, LONGEST_GUESS, LONGEST_PAUSE = 8, 2, 64, 16
 
 
 def generate(
@@ -296,11 +297,13 @@ def _generate(model, prompt, max_new_tokens, choose, random, draft, stats) -> It
     began = time.perf_counter()
     reader = CachedReader(model)
     context, pending = list(prompt), list(prompt)
-    guess = FIRST_GUESS
+    guess, pause, resting = FIRST_GUESS, 1, 0
     left = max_new_tokens
     while left > 0:
         proposal = []
-        if draft is not None:
+        if resting:
+            resting -= 1
+        elif draft is not None:
             length = min(guess, left - 1, reader.room(len(pending)))
             proposal = draft.propose(context, length)
         ids = torch.tensor([pending + proposal], device=model.device)
@@ -308,12 +311,12 @@ def _generate(model, prompt, max_new_tokens, choose, random, draft, stats) -> It
         tokens = choose(logits, proposal, random)
         right = len(tokens) - 1  # the last one is the model's own
         reader.undo(len(proposal) - right)
-        if proposal:
-            guess = (
-                min(2 * guess, LONGEST_GUESS)
-                if right == len(proposal)
-                else max(right, SHORTEST_GUESS)
-            )
+        if proposal and right == len(proposal):
+            guess, pause = min(2 * guess, LONGEST_GUESS), 1
+        elif proposal and right:
+            guess, pause = max(right, SHORTEST_GUESS), 1
+        elif proposal:
+            guess, resting, pause = SHORTEST_GUESS, pause, min(2 * pause, LONGEST_PAUSE)
         stats.passes += 1
         stats.proposed += len(proposal)
         stats.accepted += right

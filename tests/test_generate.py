@@ -369,7 +369,23 @@ def test_a_draft_changes_nothing_for_a_model_that_knows_nothing(text_ids):
             options = {"max_new_tokens": 50, "seed": seed, **knobs}
             plain = list(generate(model, prompt, **options))
             assert list(generate(model, prompt, **options, draft=draft, stats=stats)) == plain
-    assert stats.proposed > 30
+    assert stats.proposed > 20
+
+
+def test_a_draft_that_is_always_wrong_is_asked_ever_less():
+    """Guards against a model that writes something new at half its speed, for guesses that never come true."""
+
+    class Wrong:
+        def propose(self, context_ids, length):
+            ids = [*prompt, *plain]
+            return [(ids[len(context_ids)] + 1) % 61] * length
+
+    model, prompt, stats = random_model(), [1, 2, 3], GenerationStats()
+    plain = list(generate(model, prompt, max_new_tokens=120, temperature=0))
+    told = generate(model, prompt, max_new_tokens=120, temperature=0, draft=Wrong(), stats=stats)
+    assert list(told) == plain
+    assert stats.accepted == 0
+    assert 8 <= stats.proposed < 40
 
 
 class FixedDraft:
