@@ -367,6 +367,10 @@ def stage_space(
     model, meta = load_model(checkpoint)
     if not isinstance(text, Text):
         text = learnt_text(meta, text)
+    elif meta.get("text_sha256") not in (None, text.sha256):
+        raise ExportError(
+            f"The weights learnt another text than {text.name} (its SHA-256 differs): give the right one."
+        )
     meta = {"text_name": text.name, "text_sha256": text.sha256, **meta}
     for name, path in ours.items():
         _write(folder / name, lambda part, path=path: shutil.copyfile(path, part))

@@ -14,6 +14,7 @@ from tiny_play import tiny_checkpoint
 
 from shakespeare_gpt import export
 from shakespeare_gpt.checkpoint import load_model
+from shakespeare_gpt.data import load_text
 from shakespeare_gpt.export import ExportError
 from shakespeare_gpt.generate import generate
 from shakespeare_gpt.model import GPT, GPTConfig
@@ -240,6 +241,8 @@ def test_the_wrong_text_is_refused(tiny, tmp_path):
         export.stage_space(tmp_path / "s", tiny[0], "input")
     with pytest.raises(ExportError, match=r"called 'tiny'.*--text"):
         export.stage_space(tmp_path / "s", tiny[0])
+    with pytest.raises(ExportError, match="learnt another text"):
+        export.stage_space(tmp_path / "s", tiny[0], load_text("input"))
     assert not (tmp_path / "s").exists()
 
 
