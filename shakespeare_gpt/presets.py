@@ -72,7 +72,7 @@ PRESETS = {
             name="mini",
             about="16M parameters learn input.txt in minutes on two CPU cores",
             model=GPTConfig(n_layer=4, n_head=4, n_embd=256),
-            train=TrainConfig(batch_size=4, passes=10),
+            train=TrainConfig(batch_size=4, passes=10, muon_lr=0.02, adam_lr=1.6e-2),
         ),
         Preset(
             name="gpt2",

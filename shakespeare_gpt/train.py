@@ -413,6 +413,7 @@ class _Run:
                 "first_batch_step": history.first_batch,
                 "parameters": self.model.num_parameters(),
                 "seed": self.config.seed,
+                "windows": self.config.windows,
                 "precision": self.precision,
                 "device": device_name(self.device),
                 "seconds": round(history.seconds, 1),
