@@ -135,7 +135,23 @@ class Play:
         if len(found) < 2:
             found = [("", n, line.strip()) for n, line in enumerate(self.lines, 1) if line.strip()]
         last = len(self.lines) - 3  # something must be left to recite
-        return [speech for speech in found if speech[1] < last] or found[:1]
+        found = [speech for speech in found if speech[1] < last] or found[:1]
+        if self.fixed:
+            # Early in a window, so that a good part of it is left.
+            n = self.model.config.n_positions
+            early = [s for s in found if 8 <= self.after(s[1]) % n <= n - min(n // 2, 100)]
+            found = early or found
+        return found
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the text was always cut into the same windows: then it is known from their starts only."""
+        return self.meta.get("windows") == "fixed"
+
+    def after(self, line: int) -> int:
+        """The first token boundary at or after the end of a line (from 1); one token is always left."""
+        end = int(np.searchsorted(self.edges, self.line_ends[line - 1]))
+        return min(max(end, 1), len(self.text.ids) - 1)
 
 
 def spread(items: list, count: int) -> list:
@@ -256,11 +272,11 @@ def recite_line(play: Play, line, tokens, stopped: Callable[[], bool] = bool) ->
     """Let the model hear a line of the text (numbers from 1) and what stands before it, and go on greedily."""
     line = int(number(line, 1, len(play.lines), 1))
     ids = play.text.ids.tolist()
-    # The token boundary at the line's end; the last token is always left to recite.
-    end = int(np.searchsorted(play.edges, play.line_ends[line - 1]))
-    end = min(max(end, 1), len(ids) - 1)
+    end, n = play.after(line), play.model.config.n_positions
     tokens = int(number(tokens, 1, MAX_RECITAL, 80))
-    given = ids[max(0, end - min(GIVEN, play.model.config.n_positions // 2)) : end]
+    # What was always read from the same place is asked from there, else a few words must do.
+    start = (end - 1) // n * n if play.fixed else end - min(GIVEN, n // 2)
+    given = ids[max(0, start) : end]
     recital = Recital(line, decode(given), ids[end : end + tokens])
     told = generate(
         play.model,
@@ -681,6 +697,10 @@ def _writing(play: Play) -> None:
         (f"{who}:\n" if who else "") + " ".join(line.split()[:5])
         for who, _, line in spread(play.speeches(), 5)
     ]
+    if play.fixed:
+        n = play.model.config.n_positions
+        starts = spread(range(0, max(1, len(play.text.ids) - n), n), 5)
+        beginnings = [decode(play.text.ids[i : i + 12].tolist()) for i in starts]
     with gr.Row():
         with gr.Column(scale=7, min_width=320):
             prompt = gr.Textbox(
