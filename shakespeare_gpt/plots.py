@@ -123,7 +123,7 @@ def loss_figure(step: Step, other: History | None = None, label: str = "") -> pl
         f"step {step.step}   {history.tokens / 1e6:.2f} million tokens   {step.tokens_per_second:,.0f} tokens/s   "
         f"{history.seconds / 60:.1f} min, {step.seconds_left / 60:.1f} min left"
     )
-    ax.legend(loc="lower left")
+    ax.legend(loc="upper right")
     return fig
 
 
@@ -190,7 +190,9 @@ def learning_gif(moments: list[tuple[int, str]], prompt: str, truth: str, name: 
     for step, said in moments:
         right = len(os.path.commonprefix([said, truth]))
         fig = plt.figure(figsize=(8, 4.2), dpi=100, layout="none")
-        fig.text(0.04, 0.92, f"step {step:,}", fontsize=15, color=GREY, va="top", family="monospace")
+        fig.text(
+            0.04, 0.92, f"step {step:,}", fontsize=15, color=GREY, va="top", family="monospace"
+        )
         fig.text(
             0.96, 0.92, f"{right} characters right", fontsize=11, color=GREY, va="top", ha="right"
         )
@@ -199,7 +201,9 @@ def learning_gif(moments: list[tuple[int, str]], prompt: str, truth: str, name: 
         for i, line in enumerate(lines):
             y, x = 0.80 - 0.07 * i, 0.04
             for piece, colour in _coloured(line, at, len(prompt), len(prompt) + right):
-                shown = fig.text(x, y, piece, fontsize=12, color=colour, va="top", family="monospace")
+                shown = fig.text(
+                    x, y, piece, fontsize=12, color=colour, va="top", family="monospace"
+                )
                 box = shown.get_window_extent(fig.canvas.get_renderer())
                 x = fig.transFigure.inverted().transform((box.x1, 0))[0] if piece.strip() else x
             at += len(line) + 1
