@@ -26,6 +26,19 @@ def fingerprint(notebook: nbformat.NotebookNode) -> str:
     return hashlib.sha256("\n".join(lines).encode("utf-8")).hexdigest()
 
 
+def join_streams(cell: nbformat.NotebookNode) -> None:
+    """Make one output of what a cell printed: a busy kernel sends it in pieces."""
+    joined = []
+    for output in cell.get("outputs", []):
+        last = joined[-1] if joined else {}
+        if output.output_type == "stream" and last.get("name") == output.name:
+            last.text += output.text
+        else:
+            joined.append(output)
+    if cell.cell_type == "code":
+        cell.outputs = joined
+
+
 def execute(path: Path, target: Path) -> None:
     """Run a notebook in its own folder and write it, stamped, to ``target``; an error in a cell is raised."""
     from nbclient import NotebookClient
@@ -38,6 +51,8 @@ def execute(path: Path, target: Path) -> None:
         record_timing=False,
         resources={"metadata": {"path": str(path.resolve().parent)}},
     ).execute()
+    for cell in notebook.cells:
+        join_streams(cell)
     notebook.metadata.pop("widgets", None)  # widget state that GitHub refuses to show
     notebook.metadata["language_info"] = {"name": "python"}
     notebook.metadata["shakespeare_gpt"] = {"code": fingerprint(notebook)}
