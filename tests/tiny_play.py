@@ -22,7 +22,7 @@ def tiny_model(text: Text) -> tuple[GPT, int, float]:
     kinds, ids = text.ids.unique(return_inverse=True)
     small = GPT(replace(CONFIG, vocab_size=len(kinds)), torch.Generator().manual_seed(0)).train()
     # Windows from everywhere, so that it can be taken up anywhere.
-    starts = torch.arange(0, len(ids) - CONFIG.n_positions, 7)
+    starts = torch.arange(0, len(ids) - CONFIG.n_positions, 13)
     x = ids[starts[:, None] + torch.arange(CONFIG.n_positions)]
     y = ids[starts[:, None] + torch.arange(1, CONFIG.n_positions + 1)]
     optimizer = torch.optim.AdamW(small.parameters(), lr=5e-3, weight_decay=0.0)
