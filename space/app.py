@@ -699,8 +699,10 @@ def _writing(play: Play) -> None:
     ]
     if play.fixed:
         n = play.model.config.n_positions
-        starts = spread(range(0, max(1, len(play.text.ids) - n), n), 5)
+        starts = range(0, max(1, len(play.text.ids) - n), n)
         beginnings = [decode(play.text.ids[i : i + 12].tolist()) for i in starts]
+        # Not those that begin in the middle of a word.
+        beginnings = spread([b for b in beginnings if b[0].isupper()] or beginnings, 5)
     with gr.Row():
         with gr.Column(scale=7, min_width=320):
             prompt = gr.Textbox(
