@@ -10,6 +10,8 @@ for name in [name for name in os.environ if name.startswith("SHAKESPEARE_GPT_")]
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
 os.environ.setdefault("MPLBACKEND", "Agg")
+# The models here are so small that a second thread only waits, and on a busy machine for long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -19,7 +21,7 @@ from hypothesis import settings  # noqa: E402
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
