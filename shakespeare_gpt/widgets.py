@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import html
 import random
+import re
 import textwrap
 import threading
 import time
@@ -24,7 +25,7 @@ from shakespeare_gpt.model import GPT
 from shakespeare_gpt.recite import Source, Span
 
 MARK = "background:#f6e6b8;color:#2b2521;border-bottom:2px solid #c79a33;border-radius:2px"
-PAGE = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6;font-family:Georgia,serif;font-size:15px"
+PAGE = "padding:6px 8px;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6;font-family:Georgia,serif;font-size:15px"
 EVERY = 0.1  # seconds between two looks at a growing text
 
 
@@ -48,11 +49,14 @@ def quoted_html(source: Source, generated: str, prompt: str = "") -> str:
         if span is not None:
             where = html.escape(place(span))
             notes.append(f"<b>{len(notes) + 1}</b>&nbsp;{where}")
-            shown = f'<mark style="{MARK}" title="{where}">{shown}</mark><sup>{len(notes)}</sup>'
+            words = piece.strip()  # the number belongs to the last word, not to the next line
+            before, after = piece.split(words, 1) if words else (piece, "")
+            mark = f'<mark style="{MARK}" title="{where}">{html.escape(words)}</mark>'
+            shown = f'{before}{mark}<sup style="line-height:0">{len(notes)}</sup>{after}'
         body.append(shown)
     return (
         f'<div style="{PAGE}">{"".join(body)}</div><div style="line-height:1.5;font-size:12px;'
-        f'opacity:.8;margin-top:6px">{" &emsp; ".join(notes)}</div>'
+        f'opacity:.8;padding:0 8px">{" &emsp; ".join(notes)}</div>'
     )
 
 
@@ -70,7 +74,10 @@ def quoted_figure(source: Source, generated: str, width: int = 62) -> plt.Figure
     ax.axis("off")
     font = {"family": "monospace", "fontsize": 9.38, "va": "center"}  # 102 characters are 8 inches
     for row, (_, part) in enumerate(rows):
-        ax.text(0, row, part, parse_math=False, color="#222222", **font)
+        for word in re.finditer(
+            r"\S+", part
+        ):  # one by one: hinted letters would drift off their columns
+            ax.text(word.start(), row, word[0], parse_math=False, color="#222222", **font)
     free = 0  # the first row whose margin is empty
     for i, span in enumerate(source.spans(generated)):
         cut = [(max(span.start - a, 0), min(span.end - a, len(part))) for a, part in rows]
@@ -91,7 +98,7 @@ class Sampler(w.VBox):
         self._model, self._source = model, Source(text)
         self._draft = draft or Draft(text.ids)
         self._stop, self._thread = threading.Event(), None
-        wide = {"layout": {"width": "98%"}, "style": {"description_width": "90px"}}
+        wide = {"layout": {"width": "98%"}, "style": {"description_width": "100px"}}
         opening = text.text.split("\n", 1)[0] + "\n"
         self.prompt = w.Textarea(opening, description="prompt", rows=3, **wide)
         self.length = w.IntSlider(160, 10, 400, 10, description="tokens", **wide)
@@ -145,7 +152,7 @@ class Sampler(w.VBox):
         # In this click's context, so that the kernel knows whose messages these are.
         work = contextvars.copy_context().run
         arguments = (self._write, before, self._stop, prompt, settings)
-        self._thread = threading.Thread(target=work, args=arguments, daemon=True)
+        self._thread = threading.Thread(target=work, args=arguments, name="sampler", daemon=True)
         self._thread.start()
         self._pulse.playing = True
 
@@ -165,22 +172,22 @@ class Sampler(w.VBox):
                         break
                     answer += piece
                     if time.monotonic() - shown > EVERY:
-                        self._show(prompt, answer, stats, settings, "Writing")
+                        self._show(prompt, answer, stats, "Writing")
                         shown = time.monotonic()
-            self._show(prompt, answer, stats, settings, "Stopped" if stop.is_set() else "Done")
+            self._show(prompt, answer, stats, "Stopped" if stop.is_set() else "Done")
         except Exception as error:  # in a thread nobody else would see it
             line = (str(error).splitlines() or [""])[0]
             self.status.value = html.escape(f"Error: {line or type(error).__name__}")
         finally:
             self.stop.disabled = True
 
-    def _show(self, prompt: str, answer: str, stats, settings: dict, state: str) -> None:
+    def _show(self, prompt: str, answer: str, stats: GenerationStats, state: str) -> None:
         parts = [f"{state}: {stats.tokens} tokens", f"{stats.tokens_per_second:.0f} tokens/s"]
         parts.append(f"{quoted_share(self._source, answer):.0%} quoted")
         if stats.proposed:
             parts.append(f"{stats.acceptance_rate:.0%} of guesses accepted")
         self.page.value = quoted_html(self._source, answer, prompt)
-        self.status.value = " &middot; ".join([*parts, f"seed {settings['seed']}"])
+        self.status.value = " &middot; ".join(parts)
 
     def _show_again(self, _) -> None:
         """The browser asks: answer with all that it may have missed, until there is nothing more to come."""
