@@ -69,7 +69,8 @@ def quoted_figure(source: Source, generated: str, width: int = 62) -> plt.Figure
             rows.append((at, part))
             at += len(part)
         at += 1
-    fig = plt.figure(figsize=(8, 0.19 * (len(rows) + 1)), layout="none")
+    fig = plt.figure(figsize=(8, 0.19 * (len(rows) + 1)))
+    fig.set_layout_engine("none")  # the style's own would warn of a figure without a grid
     ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, 101), ylim=(len(rows), -1))
     ax.axis("off")
     font = {"family": "monospace", "fontsize": 9.38, "va": "center"}  # 102 characters are 8 inches
