@@ -56,7 +56,9 @@ def test_one_command_changes_it_everywhere(repository_copy, tmp_path):
     """A command that misses a file leaves a badge behind; one that hits too much breaks a notebook."""
     copy = Path(
         shutil.copytree(
-            repository_copy, tmp_path / "repo", ignore=shutil.ignore_patterns("checkpoints")
+            repository_copy,
+            tmp_path / "repo",
+            ignore=shutil.ignore_patterns("checkpoints", "build"),
         )
     )
     new, old_slug = (
