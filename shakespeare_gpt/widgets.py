@@ -73,7 +73,7 @@ def quoted_figure(source: Source, generated: str, width: int = 62) -> plt.Figure
     fig.set_layout_engine("none")  # the style's own would warn of a figure without a grid
     ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, 101), ylim=(len(rows), -1))
     ax.axis("off")
-    font = {"family": "monospace", "fontsize": 9.38, "va": "center"}  # 102 characters are 8 inches
+    font = {"family": "monospace", "fontsize": 9, "va": "center"}  # 102 columns in 8 inches
     for row, (_, part) in enumerate(rows):
         for word in re.finditer(
             r"\S+", part
