@@ -6,9 +6,9 @@ alone go to ``.safetensors`` (see ``export``); ``load_model`` reads both.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,14 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
     disk leaves the old checkpoint as it was and nothing half-written. Raises CheckpointError.
     """
     path = Path(path)
-    name = None
+    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(handle, "wb") as file:
+        with open(unfinished, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(unfinished, path)
     except (
         OSError,
         RuntimeError,
@@ -53,8 +52,8 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
             "An earlier checkpoint of that name is untouched."
         ) from None
     finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
     return path
 
 

@@ -197,7 +197,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T) the cross-entropy in nats instead.
 
-        Targets of -100 do not count. ``reduction``: "mean" (a scalar) or "none" (B, T).
+        Targets of -100 do not count. ``reduction``: "mean" (a scalar) or "none" (B, T; no gradient).
         The loss never holds the logits of the whole batch: see ``LinearCrossEntropy``.
         """
         x = self.hidden(ids, cache)
@@ -217,7 +217,8 @@ def linear_cross_entropy(
     """Cross-entropy in nats of softmax(hidden weight^T) against targets, in little memory.
 
     hidden (..., C), weight (V, C), targets (...) with -100 for positions that do not count.
-    Equal to ``F.cross_entropy(hidden @ weight.T, targets)``, gradients too.
+    Equal to ``F.cross_entropy(hidden @ weight.T, targets)``, gradients too. With ``reduction`` "none", the
+    loss of each position (...), to look at: it has no gradient.
     """
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', not {reduction!r}")
@@ -228,12 +229,21 @@ def linear_cross_entropy(
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     if reduction == "mean":
         return LinearCrossEntropy.apply(flat, weight, labels, rows, dtype)
-    weight = weight.to(dtype)
-    losses = [
-        F.cross_entropy(F.linear(x.to(dtype), weight).float(), y, reduction="none")
-        for x, y in zip(flat.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.cat(losses).view(targets.shape)
+    return _each_loss(flat.to(dtype), weight.to(dtype), labels, rows).view(targets.shape)
+
+
+@torch.no_grad()
+def _each_loss(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
+    """hidden (N, C), weight (V, C), labels (N,) -> the losses (N,), fp32; 0 where the label is -100."""
+    losses = []
+    block = hidden.new_empty(min(rows, len(hidden)), len(weight))
+    for x, y in zip(hidden.split(rows), labels.split(rows), strict=True):
+        logits = torch.mm(x, weight.T, out=block[: len(x)]).float()
+        label = logits.gather(1, y.clamp(min=0)[:, None])
+        best = logits.amax(1, keepdim=True)
+        loss = logits.sub_(best).exp_().sum(1, keepdim=True).log() + best - label
+        losses.append(loss[:, 0] * (y >= 0))
+    return torch.cat(losses)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -258,13 +268,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             if hidden.is_cuda and V % 64:
                 # Tensor cores want aligned rows: 50,257 is odd, 50,304 = 64 * 786 is not.
                 matrix = F.pad(matrix, (0, 0, 0, -V % 64))
+            # One block of memory for all rows: a CPU takes as long to get a new one as to fill it.
+            block = hidden.new_empty(min(rows, len(hidden)), len(matrix))
             for x, y, keep in zip(
                 hidden.split(rows), targets.split(rows), counted.split(rows), strict=True
             ):
-                logits = F.linear(x, matrix)
+                logits = torch.mm(x, matrix.T, out=block[: len(x)])
                 if matrix.shape[0] > V:
                     logits[:, V:] = float("-inf")
-                probs = torch.softmax(logits, 1, dtype=torch.float32)
+                in_place = logits if dtype == torch.float32 and x.device.type == "cpu" else None
+                probs = torch.softmax(logits, 1, dtype=torch.float32, out=in_place)
                 label = y.clamp(min=0)[:, None]
                 # A probability too small for fp32 must not make the loss infinite: 87 nats is enough.
                 p = probs.gather(1, label).clamp(min=torch.finfo(torch.float32).tiny)

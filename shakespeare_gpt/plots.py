@@ -57,16 +57,19 @@ def save(fig, name: str) -> None:
 def watch(steps: Iterator[Step], every: float = 2.0) -> Step:
     """Run a training generator to its end with a live plot; returns the last step.
 
-    In a notebook the picture and the line under it renew themselves every ``every`` seconds, and the last
-    state stays in the saved file. Elsewhere only the line is printed.
+    In a notebook the picture and the line under it renew themselves every ``every`` seconds, less often
+    where drawing would take more than a twentieth of the time; the last state stays in the saved file.
+    Elsewhere only the line is printed.
     """
     display = _display()
     with closing(steps):
-        drawn, step = 0.0, None
+        due, step = 0.0, None
         for step in steps:
-            if step.done or time.monotonic() - drawn > every:
+            began = time.monotonic()
+            if step.done or began >= due:
                 display(step)
-                drawn = time.monotonic()
+                now = time.monotonic()
+                due = now + max(every, 20 * (now - began))
     plt.close("all")
     return step
 

@@ -76,8 +76,11 @@ def score(model: GPT, ids: Tensor) -> Scores:
 def _score_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits (r, V), labels (r,) -> losses (r,), hits (r,)."""
     logits = logits.float()
-    losses = logits.logsumexp(1) - logits.gather(1, labels[:, None])[:, 0]
-    return losses.cpu(), (logits.argmax(1) == labels).cpu()
+    label = logits.gather(1, labels[:, None])[:, 0]
+    best, first = logits.max(1)
+    # In place: a CPU takes as long to get 51 MB of new memory as to fill them.
+    losses = logits.sub_(best[:, None]).exp_().sum(1).log() + best - label
+    return losses.cpu(), (first == labels).cpu()
 
 
 def token_losses(model: GPT, ids: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -142,8 +143,6 @@ def train(
         try:
             while True:
                 step = run.advance()
-                if interrupted() and not step.done:
-                    raise KeyboardInterrupt("training was interrupted; run it again to go on")
                 if step.done:
                     run.save(finished=True)
                     saved = time.monotonic()
@@ -154,7 +153,7 @@ def train(
                 yield step
                 if step.done:
                     return
-                if interrupted():
+                if run.agreed(interrupted()):
                     raise KeyboardInterrupt("training was interrupted; run it again to go on")
         finally:
             if not clean and run.sound:
@@ -245,6 +244,14 @@ class _Run:
             loss = self.forward(tokens[:, :-1], tokens[:, 1:])
         self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def agreed(self, stop: bool) -> bool:
+        """Whether any process is to stop: Ctrl-C reaches each at another moment, and all must stop as one."""
+        if self.world == 1:
+            return stop
+        flag = torch.tensor(float(stop), device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
 
     def _report(self, loss: float, lr: float, text_loss: float | None) -> Step:
         config, history = self.config, self.history
@@ -357,7 +364,9 @@ class _Run:
         self.gradients = self._gradients
         share = (self.batch_size // self.world, self.context + 1)
         if config.compile:
-            compile_blocks(self.model, self._gradients, share)
+            outcome = compile_blocks(self.model, self._gradients, share)
+            if outcome != "compiled":
+                warnings.warn(f"The layers were {outcome}.", RuntimeWarning, stacklevel=2)
         if self.device.type == "cuda" and self.world == 1 and config.graph:
             self.gradients = capture(self._gradients, self.model, share)
         self.history.seconds += time.perf_counter() - began
@@ -753,14 +762,15 @@ def capture(gradients, model: GPT, shape: tuple[int, int]):
 def _interruptible():
     """Within, Ctrl-C and SIGTERM set a flag that the loop reads between two steps.
 
-    A step cut in half would leave half-updated weights. A second signal acts at once. Signal handlers
-    belong to the main thread; elsewhere the flag simply never rises.
+    A step cut in half would leave half-updated weights. A second signal acts at once, except under
+    torchrun, which passes on each Ctrl-C that the processes have already had. Signal handlers belong to the
+    main thread; elsewhere the flag simply never rises.
     """
     flag = threading.Event()
     previous = {}
 
     def handler(number, frame):
-        if flag.is_set():
+        if flag.is_set() and not dist.is_initialized():
             raise KeyboardInterrupt
         flag.set()
 
