@@ -557,13 +557,30 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalize(matrices: Tensor, coefficients, steps: int, eps: float) -> Tensor:
-    """Bring all singular values of each matrix (n, rows, columns) near 1 by Newton-Schulz iterations."""
+    """Bring all singular values of each matrix (n, rows, columns) near 1 by Newton-Schulz iterations.
+
+    Each step multiplies X by a polynomial p(XX^T). For a long matrix in fp32 it is cheaper to carry the small
+    square XX^T along, which becomes p XX^T p, and to multiply X by the product of all p once, at the end. The
+    square squares the singular values too, and those of bf16 would not survive that.
+    """
     a, b, c = coefficients
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / wide.flatten(1).norm(dim=1)[:, None, None].clamp(min=eps)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    # In products of squares: two long ones and a square a step, or two long ones and four squares a step.
+    length = x.shape[2] / x.shape[1]
+    if x.dtype == torch.float32 and 2 * length + 4 * steps - 3 < steps * (2 * length + 1):
+        gram, product = x @ x.mT, None
+        for step in range(steps):
+            p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            p.diagonal(dim1=1, dim2=2).add_(a)
+            product = p if product is None else p @ product
+            if step + 1 < steps:
+                gram = p @ gram @ p
+        x = product @ x
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if matrices.shape[1] <= matrices.shape[2] else x.mT
 
 

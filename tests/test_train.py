@@ -29,6 +29,7 @@ from shakespeare_gpt.train import (
     learning_rate,
     logged,
     make_optimizers,
+    orthogonalize,
     train,
 )
 
@@ -641,6 +642,20 @@ def test_muon_leaves_out_what_has_no_gradient():
     a.grad = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     Muon([a, b], lr=0.1, weight_decay=0.0).step()
     assert torch.equal(b, torch.eye(6)) and not torch.equal(a, torch.eye(6))
+
+
+@pytest.mark.parametrize("shape", [(2, 24, 96), (2, 96, 24), (2, 32, 40), (2, 1, 50)])
+def test_orthogonalize_in_fp32(shape):
+    """The short way of a long matrix must be the same polynomial: here beside the long way in fp64."""
+    few = torch.randn(shape[0], shape[1], 3, generator=torch.Generator().manual_seed(1))
+    many = torch.randn(shape[0], 3, shape[2], generator=torch.Generator().manual_seed(2))
+    matrices = few @ many + 1e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    options = {"coefficients": (3.4445, -4.775, 2.0315), "steps": 5, "eps": 1e-7}
+    ours = orthogonalize(matrices, **options)
+    expected = orthogonalize(matrices.double(), **options)
+    torch.testing.assert_close(ours, expected.float(), atol=1e-3, rtol=1e-3)
+    values = torch.linalg.svdvals(ours)[:, : min(3, *shape[1:])]
+    assert values.min() > 0.6 and values.max() < 1.3
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
