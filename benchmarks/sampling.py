@@ -36,6 +36,7 @@ from shakespeare_gpt.recite import exact_recall, score
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 PROMPT_TOKENS = 32
+PASSAGES = 3  # are written in each turn
 
 
 def cpu_name() -> str:
@@ -62,20 +63,19 @@ def read_bandwidth(megabytes: int = 512, turns: int = 5) -> float:
 
 @dataclass
 class Row:
-    """One way of generating: ``run()`` gives (tokens, seconds, seconds to the first token or None)."""
+    """One way of generating: ``run(prompt)`` gives (tokens, seconds, seconds to the first token)."""
 
     name: str
-    run: Callable[[], tuple[int, float, float | None]]
+    run: Callable[[list[int]], tuple[int, float, float]]
     kind: str
     note: Callable[[], str] = lambda: ""
     speeds: list[float] = field(default_factory=list)
     firsts: list[float] = field(default_factory=list)
 
-    def turn(self) -> None:
-        tokens, seconds, first = self.run()
-        self.speeds.append(tokens / seconds)
-        if first is not None:
-            self.firsts.append(first)
+    def turn(self, prompts: list[list[int]]) -> None:
+        tokens, seconds, firsts = zip(*(self.run(prompt) for prompt in prompts), strict=True)
+        self.speeds.append(sum(tokens) / sum(seconds))
+        self.firsts.append(max(firsts))
 
 
 def to_transformers(model: GPT, dtype: torch.dtype):
@@ -162,6 +162,28 @@ def compare_greedy(model: GPT, prompts: list[list[int]], draft: Draft, count: in
     return text
 
 
+def known_passages(model: GPT, meta: dict, ids: torch.Tensor, count: int):
+    """Prompts whose continuation the model knows by heart, and a sentence that says which.
+
+    Of up to 40 places, spread over the text, the first few from which it recites without a slip. Weights
+    that always met the text in the same windows are asked from the windows' starts.
+    """
+    grid = 1 if meta.get("windows") == "shifted" else model.config.n_positions
+    starts = torch.arange(0, len(ids) - PROMPT_TOKENS - count, grid)
+    starts = starts[torch.linspace(0, len(starts) - 1, min(40, len(starts))).long()]
+    recall = exact_recall(
+        model, ids, prompt_tokens=PROMPT_TOKENS, continuation=count, starts=starts.tolist()
+    )
+    known = starts[recall.matched == count].tolist()
+    if not known:
+        raise ValueError(f"the weights recite {count} tokens from none of {len(starts)} places")
+    prompts = [ids[at : at + PROMPT_TOKENS].tolist() for at in known]
+    return prompts, (
+        f"{min(PASSAGES, len(known))} of the {len(known)} (of {len(starts)}) places from which it recites "
+        "so much without a slip"
+    )
+
+
 def quality(model: GPT, ids: torch.Tensor, tokens: int) -> str:
     part = ids[: tokens or len(ids)]
     scores, recall = score(model, part), exact_recall(model, ids)
@@ -203,6 +225,13 @@ def main(argv: list[str] | None = None) -> int:
         "--layers", type=int, default=12, help="layers of the model of random weights"
     )
     parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=KINDS,
+        help="kinds of weights to measure (default: all; without its instructions bf16 takes hours on a CPU)",
+    )
+    parser.add_argument(
         "--no-transformers", action="store_true", help="without the rows of transformers"
     )
     args = parser.parse_args(argv)
@@ -217,15 +246,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def report(args: argparse.Namespace) -> None:
+    count = args.tokens
     if args.weights:
         model, meta = load_model(args.weights)
         ids = load_text(args.text or meta.get("text_name") or "input").ids
         label = f"{args.weights} (loss {meta.get('loss')})"
-        source = "the learnt text"
-        places = torch.randint(
-            0, len(ids) - 512, (max(args.prompts, 1),), generator=torch.Generator().manual_seed(0)
-        )
-        prompts = [ids[p : p + PROMPT_TOKENS].tolist() for p in places.tolist()]
+        prompts, passages = known_passages(model, meta, ids, count)
     else:
         model = GPT(GPTConfig(n_layer=args.layers)).eval()
         random = torch.Generator().manual_seed(0)
@@ -237,29 +263,31 @@ def report(args: argparse.Namespace) -> None:
             [
                 t
                 for p in prompts
-                for t in (*p, *generate(model, p, max_new_tokens=args.tokens, temperature=0))
+                for t in (*p, *generate(model, p, max_new_tokens=count, temperature=0))
             ]
         )
-        label, source = "random: speed only", "its own greedy text"
-    draft, prompt, count = Draft(ids), prompts[0], args.tokens
+        label, passages = "random: speed only", "one passage of its own greedy text"
+    draft = Draft(ids)
 
     copies, rows = (
         {},
-        [Row("uncached, fp32", lambda: run_uncached(model, prompt, min(16, count)), "fp32")],
+        [Row("uncached, fp32", lambda prompt: run_uncached(model, prompt, min(16, count)), "fp32")],
     )
-    for kind in KINDS:
+    for kind in args.kinds:
         try:
             copies[kind] = fast_copy(model, kind)[0]
         except ValueError as error:
             print(error, file=sys.stderr)
     for kind, copy in copies.items():
-        rows.append(Row(f"cached, {kind}", lambda copy=copy: run_ours(copy, prompt, count), kind))
+        rows.append(
+            Row(f"cached, {kind}", lambda prompt, copy=copy: run_ours(copy, prompt, count), kind)
+        )
     for kind, copy in copies.items():
         stats = GenerationStats()
         rows.append(
             Row(
                 f"speculative, {kind}",
-                lambda copy=copy, stats=stats: run_ours(copy, prompt, count, draft, stats),
+                lambda prompt, copy=copy, stats=stats: run_ours(copy, prompt, count, draft, stats),
                 kind,
                 lambda stats=stats: f"{stats.acceptance_rate:.0%} accepted",
             )
@@ -271,11 +299,13 @@ def report(args: argparse.Namespace) -> None:
         transformers.logging.set_verbosity_error()
         versions += f", transformers {transformers.__version__}"
         for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            if kind not in args.kinds:
+                continue
             theirs = to_transformers(model, dtype)
             rows.append(
                 Row(
                     f"transformers generate, {kind}",
-                    lambda theirs=theirs: run_theirs(theirs, prompt, count),
+                    lambda prompt, theirs=theirs: run_theirs(theirs, prompt, count),
                     kind,
                 )
             )
@@ -284,7 +314,7 @@ def report(args: argparse.Namespace) -> None:
     for turn in range(args.turns + 1):  # the first turn only warms up
         bandwidth = max(bandwidth, read_bandwidth())
         for row in rows:
-            row.turn()
+            row.turn(prompts[:PASSAGES])
             print(f"turn {turn}: {row.name}, {row.speeds[-1]:.1f} tokens/s", file=sys.stderr)
             if turn == 0:
                 row.speeds.clear()
@@ -295,8 +325,8 @@ def report(args: argparse.Namespace) -> None:
     print(
         f"Machine: {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
         f"{platform.system()}; {versions}\n"
-        f"Weights: {label}; {parameters:,} parameters. Draft: {source}. "
-        f"{count} tokens after a prompt of {PROMPT_TOKENS}, greedy; best of {args.turns} turns.\n"
+        f"Weights: {label}; {parameters:,} parameters. {count} tokens after a prompt of {PROMPT_TOKENS}, "
+        f"greedy, at {passages}; best of {args.turns} turns.\n"
         f"Memory: {bandwidth / 1e9:.1f} GB/s read, which bounds a token-by-token loop.\n"
     )
     print(
@@ -315,9 +345,16 @@ def report(args: argparse.Namespace) -> None:
     reason = fast_copy(model)[1]
     print(f"\n`fast_copy` ({time.perf_counter() - began:.1f} s): {reason}")
     if args.prompts:
+        # At any place of the text, where guesses are wrong as often as right.
+        places = torch.randperm(
+            len(ids) - PROMPT_TOKENS, generator=torch.Generator().manual_seed(0)
+        )
+        some_prompts = [
+            ids[p : p + PROMPT_TOKENS].tolist() for p in places[: args.prompts].tolist()
+        ]
         for kind, copy in copies.items():
             print(
-                f"Greedy, {kind}: {compare_greedy(copy, prompts, draft, min(50, count))}.",
+                f"Greedy, {kind}: {compare_greedy(copy, some_prompts, draft, min(50, count))}.",
                 flush=True,
             )
     if args.quality:

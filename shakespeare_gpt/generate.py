@@ -251,9 +251,10 @@ class Draft:
 
 
 # How many tokens are guessed at a time: twice as many after each guess that was right to the end, after
-# any other as many as were right. Beyond 64 nothing is gained. A wrong guess costs time, so after one of which
-# nothing was right the next so many tokens are not guessed: 1, then 2, 4, ..., until something is right again.
-FIRST_GUESS, SHORTEST_GUESS, LONGEST_GUESS, LONGEST_PAUSE = 8, 2, 64, 16
+# any other as many as were right. The longest makes a pass of 64 tokens with the one that waits for its turn;
+# beyond that nothing is gained. A wrong guess costs time, so after one of which nothing was right the next so
+# many tokens are not guessed: 1, then 2, 4, ..., until something is right again.
+FIRST_GUESS, SHORTEST_GUESS, LONGEST_GUESS, LONGEST_PAUSE = 32, 2, 63, 16
 
 
 def generate(
@@ -480,7 +481,7 @@ class Int8Linear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.linalg.vector_norm(x, float("inf"), -1, keepdim=True).clamp_(min=1e-20)
+        scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-20)
         y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             x / scale, 1 / self.levels, self.levels + 1, self.packed
         )
