@@ -138,13 +138,15 @@ def log_path(preset: Preset) -> Path:
 
 
 def describe(preset: Preset) -> str:
-    """Three lines for the top of a notebook: versions, device and precision, preset and expected time."""
+    """Some lines for the top of a notebook: versions, device and precision, preset, a text of one's own."""
     device = default_device()
     precision, reason = best_precision(device)
+    given = os.environ.get(TEXT_VARIABLE)
     return (
         f"Python {platform.python_version()}, torch {torch.__version__}\n"
         f"device: {device_name(device)}; {precision}, because {reason}\n"
         f"preset {preset.name}: {preset.about}"
+        + (f"\ntext: {given} instead, as {TEXT_VARIABLE} says" if given else "")
     )
 
 
