@@ -592,6 +592,7 @@ p.places.none { font-size: 14px; color: var(--faded); margin: 12px 2px 0; }
 .notice { font-size: 15px; padding: 10px 14px; margin: 0; border-left: 3px solid var(--gold-line);
   background: var(--sheet); color: var(--ink); border-radius: 2px; }
 .notice.bad { border-left-color: var(--wrong-line); }
+#line input { padding-right: 28px !important; text-overflow: ellipsis; }
 .versus { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; margin-top: 12px; }
 .versus h4 { font-size: 13px; letter-spacing: .04em; font-weight: 600; color: var(--faded); margin: 0 2px 6px; }
 .about h3 { font-family: var(--serif); font-size: 18px; font-weight: 600; margin: 4px 0 8px; color: var(--ink); }
