@@ -2,13 +2,14 @@
 
 Each is run from top to bottom in a fresh kernel and written back without saved widget state and timings,
 and with a fingerprint of its code, by which a test sees that no cell was changed after it was executed.
-SHAKESPEARE_GPT_PRESET and the other variables act as always. ``--to FOLDER`` writes elsewhere.
+SHAKESPEARE_GPT_PRESET and the other variables act as always; the figures go to ``figures``. ``--to FOLDER`` writes elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 from pathlib import Path
 
 import nbformat
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("notebooks", nargs="+", type=Path)
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: in place")
     options = parser.parse_args()
+    os.environ.setdefault("SHAKESPEARE_GPT_FIGURES", "figures")
     for path in options.notebooks:
         target = path
         if options.to:

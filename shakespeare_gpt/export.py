@@ -314,12 +314,18 @@ def _refuse_foreign(folder: Path, ours: set[str]) -> None:
 def learnt_text(meta: dict[str, Any], source: str | os.PathLike | None = None) -> Text:
     """The text that weights with this ``meta`` learnt: ``source``, or where the preset has it from.
 
-    Raises ExportError if it is another text (by its SHA-256), TextError if it cannot be read.
+    A text of one's own is looked for under its name in the working directory. Raises ExportError if it is another text (by its SHA-256), TextError if it cannot be read.
     """
     from shakespeare_gpt.presets import PRESETS, TEXT_VARIABLE
 
     name = meta.get("text_name")
     chosen = source or os.environ.get(TEXT_VARIABLE) or name or "input"
+    if (
+        chosen == name
+        and Path(f"{name}.txt").is_file()
+        and name not in ("input", "tinyshakespeare")
+    ):
+        chosen = f"{name}.txt"  # its SHA-256 says below whether it is the one
     preset = PRESETS.get(meta.get("preset"))
     limit = preset.max_tokens if preset is not None and chosen == preset.text else None
     try:
@@ -462,8 +468,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m shakespeare_gpt.export",
         description="Hand a trained model on: as safetensors, to transformers, as a Hugging Face Space.",
-        epilog="Example: python -m shakespeare_gpt.export --stage build/space, then: cd build/space && "
-        "python app.py. To publish it: python -m shakespeare_gpt.export --push USER/NAME "
+        epilog="Example: python -m shakespeare_gpt.export --stage build/space, then: python build/space/app.py. "
+        "To publish it: python -m shakespeare_gpt.export --push USER/NAME "
         "(add --dry-run to see first what would go).",
     )
     parser.add_argument(
@@ -547,7 +553,7 @@ def _run(args: argparse.Namespace) -> None:
         elif args.push:
             print(f"Uploaded: {push(folder, args.push, private=args.private)}")
         else:
-            print(f"Try it: cd {folder} && python app.py")
+            print(f"Try it: python {(folder / 'app.py').as_posix()}")
 
 
 if __name__ == "__main__":

@@ -48,10 +48,21 @@ def style() -> None:
 
 
 def save(fig, name: str) -> None:
-    """Keep a figure as ``figures/NAME.png``; not in tests, where SHAKESPEARE_GPT_FIGURES is 0."""
-    if os.environ.get(FIGURES_VARIABLE) != "0" and get_preset().name != "smoke":
-        Path("figures").mkdir(exist_ok=True)
-        fig.savefig(Path("figures") / f"{name}.png", metadata={"Software": None})
+    """Keep a figure as ``NAME.png`` in ``figures_folder``."""
+    if folder := figures_folder():
+        fig.savefig(folder / f"{name}.png", metadata={"Software": None})
+
+
+def figures_folder() -> Path | None:
+    """Where figures are kept: ``build/figures`` or the folder that SHAKESPEARE_GPT_FIGURES names.
+
+    So a reader's run leaves the repository's own ``figures`` as they are. None with ``smoke``, for tests.
+    """
+    if get_preset().name == "smoke":
+        return None
+    folder = Path(os.environ.get(FIGURES_VARIABLE) or "build/figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def watch(steps: Iterator[Step], every: float = 2.0) -> Step:
@@ -187,7 +198,7 @@ def learning_gif(moments: list[tuple[int, str]], prompt: str, truth: str, name: 
     """An animation of one prompt continued at several moments of a run, and its last frame as a still.
 
     ``moments``: (step, continuation). What agrees with ``truth`` from the beginning on is green. Written to
-    ``figures/NAME.gif`` and ``.png``, where ``save`` would write.
+    ``NAME.gif`` and ``.png`` in ``figures_folder``.
     """
     frames = []
     for step, said in moments:
@@ -213,10 +224,9 @@ def learning_gif(moments: list[tuple[int, str]], prompt: str, truth: str, name: 
         fig.canvas.draw()
         frames.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()))
         plt.close(fig)
-    if os.environ.get(FIGURES_VARIABLE) == "0" or get_preset().name == "smoke":
+    folder = figures_folder()
+    if folder is None:
         return
-    folder = Path("figures")
-    folder.mkdir(exist_ok=True)
     durations = [700] * (len(frames) - 1) + [3500]
     small = [frame.quantize(64) for frame in frames]
     small[0].save(

@@ -132,8 +132,13 @@ def checkpoint_path(preset: Preset, text: Text) -> Path:
     return Path("checkpoints") / f"{preset.name}-{text.name}-{text.sha256[:8]}.pt"
 
 
-def log_path(preset: Preset) -> Path:
-    """Where a preset's run is logged: ``logs/train.log`` for ``gpt2``, the run that the README reports."""
+def log_path(preset: Preset, text: Text) -> Path:
+    """Where a preset's run is logged: ``logs/train.log`` for ``gpt2``, the run that the README reports.
+
+    A run on another than the preset's own text gets a log of its own.
+    """
+    if text.name != preset.text:
+        return Path("logs") / f"{preset.name}-{text.name}.log"
     return Path("logs") / ("train.log" if preset.name == "gpt2" else f"{preset.name}.log")
 
 
@@ -145,8 +150,7 @@ def describe(preset: Preset) -> str:
     return (
         f"Python {platform.python_version()}, torch {torch.__version__}\n"
         f"device: {device_name(device)}; {precision}, because {reason}\n"
-        f"preset {preset.name}: {preset.about}"
-        + (f"\ntext: {given} instead, as {TEXT_VARIABLE} says" if given else "")
+        f"preset {preset.name}: {preset.about if not given else f'on {given} ({TEXT_VARIABLE})'}"
     )
 
 
@@ -180,4 +184,4 @@ def start(
     if dist.is_initialized() and dist.get_rank() != 0:
         return steps
     head = log_head(preset.name, text.name, text.sha256, config, device)
-    return logged(steps, log or log_path(preset), head)
+    return logged(steps, log or log_path(preset, text), head)

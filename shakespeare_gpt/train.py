@@ -948,7 +948,8 @@ def main(arguments: list[str] | None = None) -> int:
         say(
             f"{preset.name}: {model.num_parameters():,} parameters learn {text.name}, {len(text.ids):,} tokens"
         )
-        say(f"device: {device_name(device)}; {best_precision(device)[1]}")
+        name, reason = best_precision(device)
+        say(f"device: {device_name(device)}; {name}, because {reason}")
         steps = start(
             preset, text, model, config=config, checkpoint=path, log=options.log, device=device
         )
@@ -973,6 +974,9 @@ def _watch(steps: Iterator[Step], say) -> None:
     """Print progress: one line that rewrites itself on a terminal, else a line every ten seconds."""
     live, printed = sys.stdout.isatty(), 0.0
     for step in steps:
+        if step.resumed:
+            say(f"{step.message}, in a run that has ended before: --restart starts over")
+            return
         if step.done or time.monotonic() - printed > (0.5 if live else 10.0):
             say(
                 f"\r{progress_line(step):<110}" if live else progress_line(step),

@@ -651,7 +651,8 @@ def build(folder: str | os.PathLike = HERE) -> gr.Blocks:
         else:
             with gr.Tab("Write on", id="write"):
                 _writing(play)
-            with gr.Tab("How well does it know the play?", id="recite"):
+            thing = "play" if play.title in TITLES.values() else "text"
+            with gr.Tab(f"How well does it know the {thing}?", id="recite"):
                 _reciting(play)
         _endpoints(play, trouble)
     demo.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)

@@ -121,7 +121,7 @@ def test_smoke_learns_the_first_lines_by_heart(smoke):
 def test_log_says_what_the_assignment_asks(smoke):
     """``step | loss | best | lr | tokens/s`` every ten steps, what ran in the head, two closing lines."""
     folder, preset, text, steps = smoke
-    lines = (folder / log_path(preset)).read_text(encoding="utf-8").splitlines()
+    lines = (folder / log_path(preset, text)).read_text(encoding="utf-8").splitlines()
     head = lines[: lines.index("step | loss | best | lr | tokens/s")]
     assert all(line.startswith("# ") for line in head)
     for name in ("preset", "text", "commit", "settings", "versions", "device"):
@@ -141,14 +141,14 @@ def test_a_finished_run_is_not_trained_again(smoke, monkeypatch):
     """Running the notebook again must load the result, and must not spoil the log of the run."""
     folder, preset, text, steps = smoke
     monkeypatch.chdir(folder)
-    before = log_path(preset).read_text(encoding="utf-8")
+    before = log_path(preset, text).read_text(encoding="utf-8")
     model = GPT(preset.model)
     again = list(start(preset, text, model, device="cpu"))
     assert len(again) == 1 and again[0].done
     assert again[0].step == steps[-1].step and again[0].message == steps[-1].message
     assert again[0].history.losses == steps[-1].history.losses
     assert evaluate(model, text.ids) < TARGET
-    assert log_path(preset).read_text(encoding="utf-8") == before
+    assert log_path(preset, text).read_text(encoding="utf-8") == before
 
 
 def test_another_text_gets_another_checkpoint(tmp_path):
