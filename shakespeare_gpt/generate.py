@@ -142,7 +142,8 @@ class CachedReader:
     def __init__(self, model: GPT, batch_size: int = 1):
         self.model, self.length, self._start = model, 0, 0
         weight = model.wpe.weight  # in the dtype of the stream, also where other weights are packed
-        self._cache = KVCache(model.config, batch_size, device=weight.device, dtype=weight.dtype)
+        dtype = model.cache_dtype if isinstance(model, FastGPT) else weight.dtype
+        self._cache = KVCache(model.config, batch_size, device=weight.device, dtype=dtype)
         # The tokens in the cache, to read them again when the window moves: (B, n_positions)
         self._tokens = torch.zeros(
             batch_size, model.config.n_positions, dtype=torch.int64, device=weight.device
@@ -537,6 +538,9 @@ class FastGPT(GPT):
                 for name, layer in list(part.named_children()):
                     if isinstance(layer, nn.Linear):
                         setattr(part, name, linear(layer.weight.detach(), layer.bias.detach()))
+        # The order of attention's sums depends on how many tokens are read at once. In fp32 that moves the
+        # last digits, and one that lies on the edge between two of int8's few levels falls to the other side.
+        self.cache_dtype = torch.float64 if linear is Int8Linear else torch.float32
         weight = model.wte.weight.detach()
         self.wte = HalfEmbedding(weight)
         self.output = linear(weight)

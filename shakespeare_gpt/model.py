@@ -91,11 +91,11 @@ class CausalSelfAttention(nn.Module):
             if T > 1 and length > 0:
                 # Row i is the token at position length + i: it sees everything up to itself.
                 mask = torch.ones(T, length + T, dtype=torch.bool, device=x.device).tril(length)
-        # softmax(q k^T / sqrt(hs)) v, with the upper triangle masked out
+        # softmax(q k^T / sqrt(hs)) v, with the upper triangle masked out; as precise as the cache
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1
+            q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None and T > 1
         )
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
