@@ -2,7 +2,8 @@
 
 Each is run from top to bottom in a fresh kernel and written back without saved widget state and timings,
 and with a fingerprint of its code, by which a test sees that no cell was changed after it was executed.
-SHAKESPEARE_GPT_PRESET and the other variables act as always; the figures go to ``figures``. ``--to FOLDER`` writes elsewhere.
+SHAKESPEARE_GPT_PRESET and the other variables act as always; the figures go to ``figures``. ``--to FOLDER``
+writes the notebooks elsewhere.
 """
 
 from __future__ import annotations

@@ -314,7 +314,8 @@ def _refuse_foreign(folder: Path, ours: set[str]) -> None:
 def learnt_text(meta: dict[str, Any], source: str | os.PathLike | None = None) -> Text:
     """The text that weights with this ``meta`` learnt: ``source``, or where the preset has it from.
 
-    A text of one's own is looked for under its name in the working directory. Raises ExportError if it is another text (by its SHA-256), TextError if it cannot be read.
+    A text of one's own is looked for under its name in the working directory. Raises ExportError if it is
+    another text (by its SHA-256), TextError if it cannot be read.
     """
     from shakespeare_gpt.presets import PRESETS, TEXT_VARIABLE
 
