@@ -262,22 +262,25 @@ class LinearCrossEntropy(torch.autograd.Function):
         counted = (targets >= 0).float()[:, None]
         mean = 1.0 / counted.sum().clamp(min=1.0)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
-        grad_hidden, grad_weight = [], None
+        grad_hidden = grad_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
             matrix, hidden = weight.to(dtype), hidden.to(dtype)
             if hidden.is_cuda and V % 64:
                 # Tensor cores want aligned rows: 50,257 is odd, 50,304 = 64 * 786 is not.
                 matrix = F.pad(matrix, (0, 0, 0, -V % 64))
-            # One block of memory for all rows: a CPU takes as long to get a new one as to fill it.
+            # The same memory for every block: a CPU takes as long to get new memory as to fill it.
             block = hidden.new_empty(min(rows, len(hidden)), len(matrix))
-            for x, y, keep in zip(
-                hidden.split(rows), targets.split(rows), counted.split(rows), strict=True
+            in_place = dtype == torch.float32 and not hidden.is_cuda
+            exact = block if in_place else torch.empty_like(block, dtype=torch.float32)
+            grad_hidden = torch.empty_like(hidden)
+            share = torch.empty_like(matrix) if len(hidden) > rows and not in_place else None
+            for x, y, keep, grad in zip(
+                *(part.split(rows) for part in (hidden, targets, counted, grad_hidden)), strict=True
             ):
                 logits = torch.mm(x, matrix.T, out=block[: len(x)])
                 if matrix.shape[0] > V:
                     logits[:, V:] = float("-inf")
-                in_place = logits if dtype == torch.float32 and x.device.type == "cpu" else None
-                probs = torch.softmax(logits, 1, dtype=torch.float32, out=in_place)
+                probs = torch.softmax(logits, 1, dtype=torch.float32, out=exact[: len(x)])
                 label = y.clamp(min=0)[:, None]
                 # A probability too small for fp32 must not make the loss infinite: 87 nats is enough.
                 p = probs.gather(1, label).clamp(min=torch.finfo(torch.float32).tiny)
@@ -285,17 +288,18 @@ class LinearCrossEntropy(torch.autograd.Function):
                 if needs_grad:
                     # softmax - onehot; the mean's 1/n comes last, where fp16 cannot flush it to zero
                     probs.scatter_add_(1, label, torch.full_like(label, -1, dtype=probs.dtype))
-                    probs = probs.to(dtype)
-                    grad_hidden.append((probs @ matrix).float() * keep)
+                    if not in_place:
+                        logits.copy_(probs)
+                    torch.mm(logits, matrix, out=grad).mul_(keep)
                     x = x * keep.to(dtype)
                     if grad_weight is None:
-                        grad_weight = (probs.T @ x).float()
-                    elif dtype == torch.float32:
-                        grad_weight.addmm_(probs.T, x)
+                        grad_weight = (logits.T @ x).float()
+                    elif in_place:
+                        grad_weight.addmm_(logits.T, x)
                     else:
-                        grad_weight += probs.T @ x
+                        grad_weight += torch.mm(logits.T, x, out=share)
         if needs_grad:
-            ctx.save_for_backward(torch.cat(grad_hidden), grad_weight[:V], mean)
+            ctx.save_for_backward(grad_hidden, grad_weight[:V], mean)
             ctx.dtypes = dtypes
         return total * mean
 
@@ -305,7 +309,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale = grad_output * mean
         to_hidden, to_weight = ctx.dtypes
         return (
-            (grad_hidden * scale).to(to_hidden),
+            (grad_hidden.float() * scale).to(to_hidden),
             (grad_weight * scale).to(to_weight),
             None,
             None,

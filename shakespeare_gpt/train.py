@@ -11,6 +11,7 @@ From a shell: ``python -m shakespeare_gpt.train --help``. With several GPUs:
 from __future__ import annotations
 
 import argparse
+import ctypes
 import math
 import os
 import platform
@@ -310,12 +311,14 @@ class _Run:
         )
         if not near and not late:
             return None
-        value = evaluate(
-            self.model, self.ids, precision=self.precision, share=(self.rank, self.world)
-        )
-        if value < config.target and self.precision != "fp32":
-            # What the run reports is the full-precision value.
-            value = evaluate(self.model, self.ids, precision="fp32", share=(self.rank, self.world))
+        # What the run reports is the full-precision value; where that is unlikely to be the last, the
+        # cheaper one goes ahead.
+        for precision in ("fp32",) if late else dict.fromkeys((self.precision, "fp32")):
+            value = evaluate(
+                self.model, self.ids, precision=precision, share=(self.rank, self.world)
+            )
+            if value >= config.target:
+                break
         self.last_evaluation = (self.step, min(1.25, max(0.8, self._recent() / value)))
         self.history.text.append((self.step, value))
         return value
@@ -353,6 +356,8 @@ class _Run:
             self.precision = (
                 config.precision if config.precision != "auto" else best_precision(self.device)[0]
             )
+        if self.device.type == "cpu":
+            _keep_memory()
         self.offsets = torch.arange(self.context + 1, device=self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if self._scaler_state:
@@ -559,28 +564,34 @@ class Muon(torch.optim.Muon):
 def orthogonalize(matrices: Tensor, coefficients, steps: int, eps: float) -> Tensor:
     """Bring all singular values of each matrix (n, rows, columns) near 1 by Newton-Schulz iterations.
 
-    Each step multiplies X by a polynomial p(XX^T). For a long matrix in fp32 it is cheaper to carry the small
-    square XX^T along, which becomes p XX^T p, and to multiply X by the product of all p once, at the end. The
-    square squares the singular values too, and those of bf16 would not survive that.
+    Each step multiplies X by a polynomial p(XX^T). For a long matrix it is cheaper to carry the small square
+    XX^T along, which becomes p XX^T p, and to multiply X by the product of all p once, at the end. But the
+    square squares the singular values too, and carrying it on adds rounding: fp32 bears that for all steps,
+    bf16 for three, after which the square is made anew.
     """
     a, b, c = coefficients
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / wide.flatten(1).norm(dim=1)[:, None, None].clamp(min=eps)
-    # In products of squares: two long ones and a square a step, or two long ones and four squares a step.
+    carried = steps if x.dtype == torch.float32 else 3
+    # In products of squares, n steps: two long ones and a square each, or two long ones and 4 n - 3 squares.
     length = x.shape[2] / x.shape[1]
-    if x.dtype == torch.float32 and 2 * length + 4 * steps - 3 < steps * (2 * length + 1):
+    while steps > 0:
+        n = min(steps, carried)
+        if 2 * length + 4 * n - 3 >= n * (2 * length + 1):
+            n = 1
         gram, product = x @ x.mT, None
-        for step in range(steps):
+        for step in range(n):
             p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+            if n == 1:
+                x = torch.baddbmm(x, p, x, beta=a)
+                continue
             p.diagonal(dim1=1, dim2=2).add_(a)
             product = p if product is None else p @ product
-            if step + 1 < steps:
+            if step + 1 < n:
                 gram = p @ gram @ p
-        x = product @ x
-    else:
-        for _ in range(steps):
-            gram = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        if product is not None:
+            x = product @ x
+        steps -= n
     return x if matrices.shape[1] <= matrices.shape[2] else x.mT
 
 
@@ -719,6 +730,21 @@ def best_precision(device: torch.device) -> tuple[str, str]:
         )
         _measured["cpu"] = name, reason
     return _measured["cpu"]
+
+
+def _keep_memory() -> None:
+    """Have the C library (glibc) keep freed memory for the next step instead of giving it back.
+
+    A step frees and takes anew gigabytes of activations, and the system hands out each page cleared: about
+    a quarter of the step's time. See mallopt(3).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc: it goes without
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt(M_TRIM_THRESHOLD, -1)
+    mallopt(M_MMAP_MAX, 0)
 
 
 def autocast(device: torch.device, precision: str):
