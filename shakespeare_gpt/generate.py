@@ -23,13 +23,17 @@ up to the rounding below, the text of a given seed changes.
 *Rounding.* A pass over 30 tokens adds its numbers in another order than 30 passes over one token, so logits
 differ in their last digits (about 1e-5 in fp32). Where the two best tokens are closer together than that,
 greedy output could differ between the two, as it could between two machines.
+
+From a shell: ``python -m shakespeare_gpt.generate --help``.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import functools
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -654,3 +658,59 @@ def _step_seconds(model: GPT, steps: int = 3) -> float:
 
     several = timed(ids) / n
     return several + min(timed(ids[:, :1]) for _ in range(steps))
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: the prompt and what follows it, as it is written; returns the exit status."""
+    from shakespeare_gpt.checkpoint import CheckpointError, latest_checkpoint, load_model
+
+    parser = argparse.ArgumentParser(
+        prog="python -m shakespeare_gpt.generate",
+        description="Let a trained model continue a prompt. What the weights are goes to standard error.",
+        epilog="Example: python -m shakespeare_gpt.generate 'JULIET:\\n' --temperature 0",
+    )
+    parser.add_argument("prompt", nargs="?", default="", help=r"\n in it is a line break")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help=".pt or .safetensors (default: the newest in checkpoints/)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the best token")
+    parser.add_argument("--top-k", type=int, default=0, help="keep the k best; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="keep the best that reach p")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    knobs = {k: v for k, v in vars(options).items() if k not in ("prompt", "weights")}
+    prompt = options.prompt.replace("\\n", "\n")
+    try:
+        weights = options.weights or latest_checkpoint()
+        if weights is None:
+            raise CheckpointError(
+                "There is no checkpoint in checkpoints/: train first (python -m shakespeare_gpt.train), or "
+                "name weights with --weights."
+            )
+        model, meta = load_model(weights)
+        about = {k: meta[k] for k in ("preset", "text_name", "steps", "loss") if k in meta} | knobs
+        print("#", " ".join(f"{k}={v}" for k, v in about.items()), file=sys.stderr, flush=True)
+        pieces = stream_text(
+            model, prompt, **knobs
+        )  # refuses impossible knobs before anything is printed
+        print(prompt, end="")
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
+    except (CheckpointError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -572,7 +572,7 @@ def orthogonalize(matrices: Tensor, coefficients, steps: int, eps: float) -> Ten
     a, b, c = coefficients
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / wide.flatten(1).norm(dim=1)[:, None, None].clamp(min=eps)
-    carried = steps if x.dtype == torch.float32 else 3
+    carried = 3 if x.dtype == torch.bfloat16 else steps
     # In products of squares, n steps: two long ones and a square each, or two long ones and 4 n - 3 squares.
     length = x.shape[2] / x.shape[1]
     while steps > 0:

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from shakespeare_gpt import generate as g
+from shakespeare_gpt.checkpoint import load_model
+from shakespeare_gpt.export import export_safetensors
 from shakespeare_gpt.generate import (
     FIRST_GUESS,
     CachedReader,
@@ -643,3 +645,41 @@ def test_a_kind_that_this_machine_lacks_is_refused_in_one_line(monkeypatch, lear
     with pytest.raises(ValueError, match=r"^fp16 weights do not work on this machine: no kernel$"):
         fast_copy(learnt, "fp16")
     assert "fp16" not in fast_copy(learnt)[1]
+
+
+# --- the command line -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    config = GPTConfig(n_positions=16, n_embd=16, n_layer=1, n_head=2)
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    meta = {"preset": "smoke", "text_name": "input", "steps": 7, "loss": 0.5}
+    return export_safetensors(random_model(config), path, meta)
+
+
+def test_command_line_continues_the_prompt(weights, capsys):
+    """What it prints is the prompt and its continuation and nothing else: people redirect it into files."""
+    line = ["KING:\\nNow", "--weights", str(weights), "--max-new-tokens", "12", "--seed", "3"]
+    assert g.main(line) == 0
+    printed, about = capsys.readouterr()
+    model, _ = load_model(weights)
+    expected = "".join(stream_text(model, "KING:\nNow", max_new_tokens=12, seed=3))
+    assert expected and printed == f"KING:\nNow{expected}\n"
+    assert "text_name=input steps=7 loss=0.5" in about and "seed=3" in about
+
+
+def test_command_line_says_what_is_wrong(weights, tmp_path, monkeypatch, capsys):
+    """One line and exit status 1, no traceback; and never random weights."""
+    monkeypatch.chdir(tmp_path)
+    named = ["O", "--weights", str(weights)]
+    for line, reason in (
+        (["O"], "train first"),
+        (["O", "--weights", "nowhere.pt"], "nowhere.pt"),
+        ([*named, "--temperature", "-1"], "temperature must be 0 or more"),
+        ([*named, "--max-new-tokens", "-5"], "max_new_tokens must be 0 or more"),
+    ):
+        assert g.main(line) == 1
+        printed, error = capsys.readouterr()
+        assert printed == "" and reason in error.splitlines()[-1]
+        assert error.splitlines()[-1].startswith("error: ")

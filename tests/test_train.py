@@ -295,15 +295,24 @@ def test_training_goes_on_where_compiling_fails(monkeypatch):
 EASY = torch.cat((torch.full((81,), 5), IDS[:160]))  # its first windows are learnt at once
 
 
-def test_stops_on_the_whole_text_only():
-    """One batch under the target is luck; the claim is the mean over every token."""
-    config = changed(batch_size=1, min_steps=150)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stops_on_the_whole_text_only(precision):
+    """One batch under the target is luck; the claim is the mean over every token, in full precision."""
+    config = changed(batch_size=1, min_steps=150, precision=precision)
     model, step = run(config, EASY)
     assert step.done and step.text_loss < TARGET
     assert evaluate(model, EASY) == step.text_loss
     assert step.history.first_batch < step.step
     assert all(value >= TARGET for _, value in step.history.text[:-1])
     assert step.message == f"Target loss 0.099999 reached at step {step.step}"
+
+
+def test_trains_without_glibc(monkeypatch):
+    """Keeping memory is asked of one C library; on macOS, Windows or Alpine there is no such function."""
+    for failing in (lambda name: object(), lambda name: open("/nowhere"), lambda name: len(None)):
+        monkeypatch.setattr(module.ctypes, "CDLL", failing)
+        with closing(train(new_model(), IDS, changed())) as steps:
+            assert next(steps).step == 1
 
 
 def test_stop_on_batch_is_the_assignments_rule():
@@ -616,24 +625,29 @@ def test_muon_is_torchs_muon(shapes, decay):
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator) for shape in shapes]
     mine = [torch.nn.Parameter(w.clone()) for w in weights]
+    precise = [torch.nn.Parameter(w.double()) for w in weights]
     theirs = [torch.nn.Parameter(w.clone()) for w in weights]
     options = {"lr": 0.05, "weight_decay": decay, "momentum": 0.9}
     ours = Muon(mine, dtype=torch.bfloat16, **options)
+    exact = Muon(precise, dtype=torch.float64, **options)
     torchs = torch.optim.Muon(theirs, **options)
     for step in range(6):
-        for a, b in zip(mine, theirs, strict=True):
+        for a, e, b in zip(mine, precise, theirs, strict=True):
             a.grad = torch.randn(a.shape, generator=generator) * 10.0 ** (step - 3)
-            b.grad = a.grad.clone()
+            e.grad, b.grad = a.grad.double(), a.grad.clone()
         before = [b.detach().clone() for b in theirs]
-        for optimizer in (ours, torchs):
+        for optimizer in (ours, exact, torchs):
             optimizer.param_groups[0]["lr"] = 0.05 / (step + 1)
             optimizer.step()
-        for a, b, old in zip(mine, theirs, before, strict=True):
+        for a, e, b, old in zip(mine, precise, theirs, before, strict=True):
             update = b.detach() - old
             assert update.norm() > 0.1 * 0.05 / (step + 1)
-            # bf16 keeps three digits, and the two add up in another order.
-            assert (a - b).norm() < 0.02 * update.norm()
+            # bf16 keeps three digits, and the two round at other moments: both lie near the update
+            # without rounding, torch's at 1 to 2 %, ours at up to 4 %.
+            assert (a - e).norm() < 0.05 * update.norm()
+            assert (b - e).norm() < 0.05 * update.norm()
             a.data.copy_(b.data)
+            e.data.copy_(b.data)
 
 
 def test_muon_leaves_out_what_has_no_gradient():
@@ -650,10 +664,14 @@ def test_orthogonalize_in_fp32(shape):
     few = torch.randn(shape[0], shape[1], 3, generator=torch.Generator().manual_seed(1))
     many = torch.randn(shape[0], 3, shape[2], generator=torch.Generator().manual_seed(2))
     matrices = few @ many + 1e-3 * torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    options = {"coefficients": (3.4445, -4.775, 2.0315), "steps": 5, "eps": 1e-7}
-    ours = orthogonalize(matrices, **options)
-    expected = orthogonalize(matrices.double(), **options)
-    torch.testing.assert_close(ours, expected.float(), atol=1e-3, rtol=1e-3)
+    a, b, c = coefficients = (3.4445, -4.775, 2.0315)
+    ours = orthogonalize(matrices, coefficients, steps=5, eps=1e-7)
+    expected = matrices.double()
+    expected = expected / expected.flatten(1).norm(dim=1)[:, None, None]
+    for _ in range(5):
+        square = expected @ expected.mT
+        expected = a * expected + (b * square + c * square @ square) @ expected
+    assert (ours - expected).norm() < 1e-3 * expected.norm()
     values = torch.linalg.svdvals(ours)[:, : min(3, *shape[1:])]
     assert values.min() > 0.6 and values.max() < 1.3
 
