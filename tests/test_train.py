@@ -309,7 +309,11 @@ def test_stops_on_the_whole_text_only(precision):
 
 def test_trains_without_glibc(monkeypatch):
     """Keeping memory is asked of one C library; on macOS, Windows or Alpine there is no such function."""
-    for failing in (lambda name: object(), lambda name: os.stat("/nowhere"), lambda name: len(None)):
+    for failing in (
+        lambda name: object(),
+        lambda name: os.stat("/nowhere"),
+        lambda name: len(None),
+    ):
         monkeypatch.setattr(module.ctypes, "CDLL", failing)
         with closing(train(new_model(), IDS, changed())) as steps:
             assert next(steps).step == 1
