@@ -3,7 +3,8 @@
     python -m benchmarks.train_step
 
 All rows train the same 124M architecture on the same batches in one process, in turn: three rounds, the
-median. ``transformers`` gets what we have: the same precision, fused AdamW, its fastest attention.
+median. ``transformers`` gets what we have: the same precision, fused AdamW, its fastest attention, and on a
+CPU memory that is kept between steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ import torch
 from shakespeare_gpt.checkpoint import to_openai
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import get_preset
-from shakespeare_gpt.train import autocast, best_precision, default_device, device_name, train
+from shakespeare_gpt.train import (
+    autocast,
+    best_precision,
+    default_device,
+    device_name,
+    keep_memory,
+    train,
+)
 
 
 def main() -> None:
@@ -33,6 +41,8 @@ def main() -> None:
     device = default_device()
     steps = args.steps or (20 if device.type == "cuda" else 1)
     precision, reason = best_precision(device)
+    if device.type == "cpu":
+        keep_memory()
     import transformers
 
     print(

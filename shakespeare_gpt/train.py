@@ -357,7 +357,7 @@ class _Run:
                 config.precision if config.precision != "auto" else best_precision(self.device)[0]
             )
         if self.device.type == "cpu":
-            _keep_memory()
+            keep_memory()
         self.offsets = torch.arange(self.context + 1, device=self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         if self._scaler_state:
@@ -732,7 +732,7 @@ def best_precision(device: torch.device) -> tuple[str, str]:
     return _measured["cpu"]
 
 
-def _keep_memory() -> None:
+def keep_memory() -> None:
     """Have the C library (glibc) keep freed memory for the next step instead of giving it back.
 
     A step frees and takes anew gigabytes of activations, and the system hands out each page cleared: about
