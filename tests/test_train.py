@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import pairwise
 
 import pytest
@@ -25,6 +25,7 @@ from shakespeare_gpt.train import (
     TrainConfig,
     TrainingError,
     WindowOrder,
+    autocast,
     evaluate,
     learning_rate,
     logged,
@@ -317,6 +318,35 @@ def test_trains_without_glibc(monkeypatch):
         monkeypatch.setattr(module.ctypes, "CDLL", failing)
         with closing(train(new_model(), IDS, changed())) as steps:
             assert next(steps).step == 1
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_bf16_on_a_cpu_is_near_fp32_and_leaves_no_trace(before):
+    """Attention in its parts could lose the mask, and a switch of torch's that stays turned changes others."""
+    model, ids = new_model(), IDS[:32].view(2, 16)
+    exact, allowed = model(ids), torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+    try:
+        with suppress(ZeroDivisionError), autocast(torch.device("cpu"), "bf16"):
+            rounded, changed_end = (
+                model(ids),
+                model(torch.cat((ids[:, :-1], (ids[:, -1:] + 1) % 97), 1)),
+            )
+            raise ZeroDivisionError
+        assert allowed() == before
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(False)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.02, rtol=0.02)
+    assert torch.equal(rounded[:, :-1], changed_end[:, :-1])
+
+
+def test_fp32_holds_for_muon_too(monkeypatch):
+    """On a CPU with bf16 instructions two processes differed from one: each rounded the updates its own way."""
+    monkeypatch.setattr(module, "best_precision", lambda device: ("bf16", "it is fast"))
+    for precision, dtype in (("fp32", torch.float32), ("auto", torch.bfloat16)):
+        muon = make_optimizers(new_model(), changed(precision=precision))[0]
+        assert muon.param_groups[0]["dtype"] == dtype
 
 
 def test_stop_on_batch_is_the_assignments_rule():
