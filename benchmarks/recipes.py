@@ -1,8 +1,9 @@
 """The search for the recipe: many short runs of the same model on the same text, one table.
 
-    python -m benchmarks.recipes --preset gpt2 --runs benchmarks/recipes.json --out logs/recipes --workers 3
+    python -m benchmarks.recipes --workers 3
 
-Each entry of the JSON file names a run and the settings in which it differs from the preset. A run always goes
+Each entry of a JSON file, by default those of the runs in ``logs/recipes``, names a run and the settings in
+which it differs from the preset. A run always goes
 to the end of its schedule, so that all runs of one length saw the same number of tokens; the table says what
 the whole text's mean was there. Runs share the device, so their seconds are no benchmark.
 """
@@ -88,8 +89,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="gpt2")
     parser.add_argument("--text", help="another text")
-    parser.add_argument("--runs", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--out", type=Path, default=Path("logs/recipes"))
+    parser.add_argument("--runs", type=Path, default=Path("logs/recipes/rows.json"))
+    parser.add_argument("--out", type=Path, default=Path("build/recipes"))
     parser.add_argument(
         "--workers", type=int, default=1, help="runs at the same time on the device"
     )
@@ -118,9 +119,9 @@ def main() -> None:
         f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}, torch {torch.__version__}"
     )
     print(
-        "| run | tokens | whole text | last pass | first batch (tokens) | recall any | recall window | seconds |"
+        "| run | tokens | whole text | last pass | first batch (tokens) | recall any | recall window | seconds | note |"
     )
-    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|---|")
     rows, ended = [], 0
     while ended < args.workers:
         row = results.get()

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from shakespeare_gpt.checkpoint import CheckpointError, load_model
-from shakespeare_gpt.data import TextError, load_text
+from shakespeare_gpt.data import TextError
+from shakespeare_gpt.export import ExportError, learnt_text
 from shakespeare_gpt.generate import (
     KINDS,
     CachedReader,
@@ -239,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         report(args)
-    except (CheckpointError, TextError, ValueError) as error:
+    except (CheckpointError, ExportError, TextError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -249,7 +250,7 @@ def report(args: argparse.Namespace) -> None:
     count = args.tokens
     if args.weights:
         model, meta = load_model(args.weights)
-        ids = load_text(args.text or meta.get("text_name") or "input").ids
+        ids = learnt_text(meta, args.text).ids
         label = f"{args.weights} (loss {meta.get('loss')})"
         prompts, passages = known_passages(model, meta, ids, count)
     else:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.time_to_target --runs gpt2:0 gpt2:1 gpt2:2 seed:0
 
-Each run starts from random weights, one after the other on the same device, and is logged in ``logs/``. The
-clock runs from the first batch to the stop, the whole-text measurements included.
+Each run starts from random weights, one after the other on the same device, and is logged in ``build/logs``. The
+clock runs to the stop: recording the CUDA graph and the measurements of the whole text are included.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", nargs="+", default=["gpt2:0", "seed:0"], help="PRESET:SEED ...")
     parser.add_argument("--text", help="another text")
-    parser.add_argument("--out", type=Path, default=Path("logs"))
+    parser.add_argument("--out", type=Path, default=Path("build/logs"))
     args = parser.parse_args()
     device = default_device()
     print(f"{device_name(device)}, torch {torch.__version__}\n")

@@ -31,10 +31,10 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
     """Write a dict of tensors and plain values to ``path``, atomically.
 
     The new file takes the old one's place only once it is complete on the disk: a crash, a kill or a full
-    disk leaves the old checkpoint as it was and nothing half-written. Raises CheckpointError.
+    disk leaves the old checkpoint as it was. Raises CheckpointError.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}-{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.part")  # one that a kill left behind is overwritten
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
@@ -64,9 +64,10 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
         raise CheckpointError(f"There is no checkpoint {path}: train first (notebook 03).")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises half a dozen types for a file that is not a checkpoint
+    except (OSError, MemoryError) as error:  # this says nothing about what is in the file
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise CheckpointError(f"{path} could not be read ({reason}): try again.") from None
+    except Exception as error:  # torch raises half a dozen types for what is not a checkpoint
         raise CheckpointError(
             f"{path} is not a readable checkpoint ({type(error).__name__}): delete it and train again."
         ) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import re
 import sys
 import tempfile
 import urllib.request
@@ -89,7 +90,7 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise TextError(f"{path} cannot be read: {error.strerror}.") from None
     try:
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        text = re.sub("\r+\n", "\n", raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise TextError(
             f"{path} is not UTF-8 (byte {error.start}): save it again with the encoding UTF-8."

@@ -10,6 +10,7 @@ From a shell: ``python -m shakespeare_gpt.export --help``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -49,11 +50,11 @@ class ExportError(RuntimeError):
 
 def _write(path: Path, fill: Callable[[Path], None]) -> Path:
     """Let ``fill`` write a file that takes ``path``'s place only once it is complete. Raises ExportError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.part")  # one that a kill has left behind is overwritten
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fill(part)
-        with open(part, "rb") as file:
+        with open(part, "r+b") as file:  # Windows writes through only what is open for writing
             os.fsync(file.fileno())
         part.chmod(0o644)  # readable for whoever serves it
         os.replace(part, path)
@@ -66,7 +67,8 @@ def _write(path: Path, fill: Callable[[Path], None]) -> Path:
             "An earlier file of that name is untouched."
         ) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
     return path
 
 
@@ -335,12 +337,12 @@ def learnt_text(meta: dict[str, Any], source: str | os.PathLike | None = None) -
         if source or chosen != name or name in ("input", "tinyshakespeare"):
             raise
         raise ExportError(
-            f"The weights learnt a text called {name!r}: name its file with --text."
+            f"The weights learnt a text called {name!r}: name its file with --text or in {TEXT_VARIABLE}."
         ) from None
     if meta.get("text_sha256") not in (None, text.sha256):
         raise ExportError(
             f"The weights learnt another text than {chosen} (its SHA-256 differs; theirs is called "
-            f"{name!r}): name the right file with --text."
+            f"{name!r}): name the right file with --text or in {TEXT_VARIABLE}."
         )
     return text
 
@@ -517,7 +519,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     try:
         _run(args)
-    except (ExportError, CheckpointError, TextError) as error:
+    except (ExportError, CheckpointError, TextError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 1
     return 0

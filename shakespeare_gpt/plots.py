@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from shakespeare_gpt.checkpoint import load_checkpoint, load_model
-from shakespeare_gpt.data import Text, load_text
+from shakespeare_gpt.data import Text
+from shakespeare_gpt.export import learnt_text
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import Preset, checkpoint_path, get_preset, start
 from shakespeare_gpt.train import TARGET, History, Step, default_device, progress_line
@@ -151,7 +152,7 @@ def trained_model(preset: Preset | None = None, device=None) -> tuple[GPT, Text,
     device = device or default_device()
     if given := os.environ.get(WEIGHTS_VARIABLE):
         model, meta = load_model(given, device)
-        return model, load_text(meta["text_name"], context=model.config.n_positions), meta
+        return model, learnt_text(meta), meta
     text = preset.load_text()
     path = checkpoint_path(preset, text)
     if not path.exists() or not load_checkpoint(path)["finished"]:
@@ -169,7 +170,7 @@ def read_log(path: str | os.PathLike) -> tuple[dict[str, str], np.ndarray, np.nd
             head[key] = value
         elif line[:1].isdigit():
             rows.append(line.split(" | ")[:2])
-    table = np.array(rows, dtype=float)
+    table = np.array(rows, dtype=float).reshape(-1, 2)
     return head, table[:, 0], table[:, 1]
 
 

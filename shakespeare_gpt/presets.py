@@ -132,16 +132,6 @@ def checkpoint_path(preset: Preset, text: Text) -> Path:
     return Path("checkpoints") / f"{preset.name}-{text.name}-{text.sha256[:8]}.pt"
 
 
-def log_path(preset: Preset, text: Text) -> Path:
-    """Where a preset's run is logged: ``logs/train.log`` for ``gpt2``, the run that the README reports.
-
-    A run on another than the preset's own text gets a log of its own.
-    """
-    if text.name != preset.text:
-        return Path("logs") / f"{preset.name}-{text.name}.log"
-    return Path("logs") / ("train.log" if preset.name == "gpt2" else f"{preset.name}.log")
-
-
 def describe(preset: Preset) -> str:
     """Some lines for the top of a notebook: versions, device and precision, preset, a text of one's own."""
     device = default_device()
@@ -163,25 +153,28 @@ def start(
     checkpoint: str | os.PathLike | None = None,
     log: str | os.PathLike | None = None,
     device=None,
+    restart: bool = False,
 ) -> Iterator[Step]:
-    """A preset's run on a text, saved and logged in the usual places, as a generator of its steps.
+    """A preset's run on a text, as a generator of its steps: saved in the usual place, the log beside it.
 
-    Goes on from the run's checkpoint where there is one. ``model``, random weights otherwise, is trained in
-    place; ``config``, ``checkpoint`` and ``log`` replace the preset's.
+    Goes on from the run's checkpoint where there is one, unless ``restart``. ``model``, random weights
+    otherwise, is trained in place; ``config``, ``checkpoint`` and ``log`` replace the preset's.
     """
     config = config or preset.train
     device = torch.device(device) if device is not None else default_device()
     model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
     meta = {"preset": preset.name, "text_name": text.name, "text_sha256": text.sha256}
+    checkpoint = Path(checkpoint or checkpoint_path(preset, text))
     steps = train(
         model,
         text.ids,
         config,
-        checkpoint=checkpoint or checkpoint_path(preset, text),
+        checkpoint=checkpoint,
         meta=meta,
         device=device,
+        restart=restart,
     )
     if dist.is_initialized() and dist.get_rank() != 0:
         return steps
     head = log_head(preset.name, text.name, text.sha256, config, device)
-    return logged(steps, log or log_path(preset, text), head)
+    return logged(steps, log or checkpoint.with_suffix(".log"), head)

@@ -124,19 +124,21 @@ def train(
     meta: dict[str, Any] | None = None,
     device: Any = None,
     save_every: float = 300.0,
+    restart: bool = False,
 ) -> Iterator[Step]:
     """Train ``model`` on a text's ids (n,) until it knows them by heart; yield a Step after each update.
 
     With ``checkpoint`` (a path) the run's whole state is saved there every ``save_every`` seconds, when it
     is interrupted and at its end, and a run that finds its own file goes on from it: the numbers are those
-    of a run never interrupted. Ctrl-C, a notebook's stop button and SIGTERM wait for the step in hand and
-    then raise KeyboardInterrupt. ``meta`` is stored beside the weights.
+    of a run never interrupted. With ``restart`` it starts over; the old file stays until the first save.
+    Ctrl-C, a notebook's stop button and SIGTERM wait for the step in hand and then raise KeyboardInterrupt.
+    ``meta`` is stored beside the weights.
 
     Raises TrainingError when the loss is no longer a number or explodes, or when ``max_passes`` did not
     suffice; CheckpointError for a checkpoint of another run.
     """
     run = _Run(model, ids, config, checkpoint, meta or {}, device)
-    finished = run.resume()
+    finished = None if restart else run.resume()
     if finished is not None:
         yield finished
         return
@@ -158,7 +160,7 @@ def train(
                 if run.agreed(interrupted()):
                     raise KeyboardInterrupt("training was interrupted; run it again to go on")
         finally:
-            if not clean and run.sound:
+            if not clean and run.sound and run.step:
                 run.save()
 
 
@@ -195,9 +197,28 @@ class _Run:
         self.step = self.saved = 0
         self.last_evaluation = (0, 1.25)  # (step, how far the batches' mean lies above the text's)
         self.speed: list[float] = []
-        self.optimizers = make_optimizers(model, config)
-        self.precision = None
+        self.precision = self._agree()
+        self.optimizers = make_optimizers(model, replace(config, precision=self.precision))
         self.sound = True  # False while an update is half done, and when the weights are no good
+
+    def _agree(self) -> str:
+        """The precision, in all processes the first one's; an error where they do not train the same.
+
+        Each measures its CPU for itself, and each downloads the text for itself: what differs there would
+        pull the weights apart, or leave one process waiting for the others for ever.
+        """
+        precision = self.config.precision
+        if precision == "auto":
+            precision = best_precision(self.device)[0]
+        if self.world > 1:
+            views: list[Any] = [None] * self.world
+            dist.all_gather_object(views, (self.identity(), precision))
+            if any(identity != views[0][0] for identity, _ in views):
+                raise TrainingError(
+                    "The processes do not train the same: give each the same settings and the same text."
+                )
+            precision = views[0][1]
+        return precision
 
     # --- one step -----------------------------------------------------------------------------------
 
@@ -223,8 +244,11 @@ class _Run:
         loss_value, norm_value = torch.stack((loss, norm)).tolist()
         self._check(loss_value, norm_value)  # before the update, so that the weights stay good
         self.sound = False
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+        # In fp16 a gradient may overflow. The scaler would leave out only the optimiser that owns it, and the
+        # other would take the gradients that clipping by a norm of NaN has spoiled: all move, or none.
+        if math.isfinite(norm_value):
+            for optimizer in self.optimizers:
+                self.scaler.step(optimizer)
         self.scaler.update()
 
         history = self.history
@@ -353,10 +377,6 @@ class _Run:
         """Everything that a step needs: precision, scaler, compiled blocks, several processes."""
         config = self.config
         began = time.perf_counter()
-        if self.precision is None:
-            self.precision = (
-                config.precision if config.precision != "auto" else best_precision(self.device)[0]
-            )
         if self.device.type == "cpu":
             keep_memory()
         self.offsets = torch.arange(self.context + 1, device=self.device)
@@ -803,19 +823,21 @@ def capture(gradients, model: GPT, shape: tuple[int, int]):
     that the recording wrote to.
     """
     tokens = torch.zeros(shape, dtype=torch.int64, device=model.device)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # the libraries set themselves up in the first rounds
-        for _ in range(2):
-            gradients(tokens)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = gradients(tokens)
+    with torch.cuda.device(model.device):  # streams and graphs belong to the current GPU
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # the libraries set themselves up in the first rounds
+            for _ in range(2):
+                gradients(tokens)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = gradients(tokens)
 
     def replay(new: Tensor) -> Tensor:
         tokens.copy_(new)
-        graph.replay()
+        with torch.cuda.device(model.device):
+            graph.replay()
         return loss
 
     return replay
@@ -935,7 +957,6 @@ def commit() -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    from shakespeare_gpt.data import TextError
     from shakespeare_gpt.presets import PRESETS, checkpoint_path, get_preset, start
 
     lines = "\n".join(f"  {p.name:<9} {p.about}" for p in PRESETS.values())
@@ -952,7 +973,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--checkpoint", metavar="FILE", help="where to save (default: in checkpoints/)"
     )
-    parser.add_argument("--log", metavar="FILE", help="the log (default: in logs/)")
+    parser.add_argument("--log", metavar="FILE", help="the log (default: beside the checkpoint)")
     parser.add_argument(
         "--restart", action="store_true", help="start over, do not go on from the checkpoint"
     )
@@ -975,9 +996,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    distributed = "WORLD_SIZE" in os.environ
+    distributed = os.environ.keys() >= {
+        "RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+    }  # as torchrun sets them
     if distributed:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     first = not distributed or dist.get_rank() == 0
     say = print if first else (lambda *a, **k: None)
     path = None
@@ -987,8 +1012,6 @@ def main(arguments: list[str] | None = None) -> int:
         config = replace(preset.train, **{k: v for k, v in changes.items() if v is not None})
         text = preset.load_text(options.text)
         path = Path(options.checkpoint) if options.checkpoint else checkpoint_path(preset, text)
-        if options.restart and first:
-            path.unlink(missing_ok=True)
         device = torch.device(options.device) if options.device else default_device()
         model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
         say(
@@ -997,7 +1020,14 @@ def main(arguments: list[str] | None = None) -> int:
         name, reason = best_precision(device)
         say(f"device: {device_name(device)}; {name}, because {reason}")
         steps = start(
-            preset, text, model, config=config, checkpoint=path, log=options.log, device=device
+            preset,
+            text,
+            model,
+            config=config,
+            checkpoint=path,
+            log=options.log,
+            device=device,
+            restart=options.restart,
         )
         with closing(steps):
             _watch(steps, say)
@@ -1007,8 +1037,10 @@ def main(arguments: list[str] | None = None) -> int:
         where = f"Saved checkpoint to {path}; the" if saved else "Nothing was trained yet; the"
         say(f"\nInterrupted. {where} same command goes on from there.")
         return 130
-    except (TextError, TrainingError, CheckpointError, ValueError) as error:
-        say(f"error: {error}", file=sys.stderr)
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        # Our own errors are among these, and what torch raises for a device that is not there or is full.
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        say(f"error: {line}", file=sys.stderr)
         return 1
     finally:
         if distributed:
@@ -1038,4 +1070,11 @@ if __name__ == "__main__":
     # Not this copy, which is called __main__, but the module that the presets import.
     from shakespeare_gpt.train import main as run
 
-    sys.exit(run())
+    status = run()
+    if "RANK" in os.environ:
+        # gloo's threads outlive the process group, and one that frees a tensor while Python shuts down aborts
+        # the process: all is saved, so leave at once (github.com/pytorch/pytorch/pull/179291).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -118,8 +118,8 @@ class Play:
         try:
             while (item := self._worker.submit(next, iterator, end).result()) is not end:
                 yield item
-        finally:
-            self._worker.submit(iterator.close).result()
+        finally:  # the server's event loop may be what closes this: it must not wait for the model
+            self._worker.submit(iterator.close)
 
     @property
     def title(self) -> str:
@@ -179,7 +179,7 @@ def check_prompt(prompt: Any) -> str:
     if len(prompt) > MAX_PROMPT:
         raise ValueError(
             f"This prompt has {len(prompt):,} characters; the limit is {MAX_PROMPT:,}. "
-            "The model sees only the last few hundred words: send those."
+            "The model sees only the last page of it: send that."
         )
     prompt = re.sub("[\ud800-\udfff]", "\ufffd", prompt)  # half a character, which no page can show
     return prompt.replace("\r\n", "\n").replace("\0", "\ufffd")
@@ -670,28 +670,32 @@ def _masthead(play: Play | None) -> str:
 
 
 MODEL = {"concurrency_id": "model", "concurrency_limit": AT_ONCE}
-running: dict[str, threading.Event] = {}  # by browser session: what its Stop button sets
+# By browser session and tab: what the Stop button there sets.
+running: dict[tuple[str, str], threading.Event] = {}
 
 
 @contextlib.contextmanager
-def _stoppable(request: gr.Request | None) -> Iterator[Callable[[], bool]]:
-    """While it is open, ``stop`` in the same browser session makes the given function say True."""
-    key, event = getattr(request, "session_hash", None), threading.Event()
-    if key:
-        running[key] = event
+def _stoppable(request: gr.Request, tab: str) -> Iterator[Callable[[], bool]]:
+    """While it is open, Stop in the same tab and browser session makes the given function say True."""
+    key, event = (request.session_hash, tab), threading.Event()
+    running[key] = event
     try:
         yield event.is_set
     finally:
-        if key and running.get(key) is event:
+        if running.get(key) is event:
             del running[key]
 
 
-def stop(request: gr.Request):
-    """End this session's text after the token in hand; the queue's own cancelling closes the rest."""
-    event = running.get(request.session_hash)
-    if event is not None:
-        event.set()
-    return gr.update(interactive=False), notice("Stopped.")
+def _stopper(tab: str) -> Callable:
+    """What Stop does: end the tab's text after the token in hand; the queue's own cancelling closes the rest."""
+
+    def stop(request: gr.Request):
+        event = running.get((request.session_hash, tab))
+        if event is not None:
+            event.set()
+        return gr.update(interactive=False), notice("Stopped.")
+
+    return stop
 
 
 def _writing(play: Play) -> None:
@@ -778,7 +782,7 @@ def _writing(play: Play) -> None:
         values = prompt, length, temperature, top_k, top_p, seed
         yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
         try:
-            with _stoppable(request) as stopped:
+            with _stoppable(request, "write") as stopped:
                 for answer in continue_prompt(play, *values, stopped=stopped):
                     yield leaf(play, answer), answer_figures(play, answer), gr.skip(), gr.skip()
                 if stopped():
@@ -798,7 +802,7 @@ def _writing(play: Play) -> None:
         **MODEL,
     )
     halt.click(
-        stop,
+        _stopper("write"),
         None,
         [halt, note],
         cancels=[job],
@@ -841,7 +845,7 @@ def _reciting(play: Play) -> None:
     def on_recite(line, tokens, request: gr.Request):
         yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
         try:
-            with _stoppable(request) as stopped:
+            with _stoppable(request, "recite") as stopped:
                 for recital in recite_line(play, line, tokens, stopped=stopped):
                     yield versus(play, recital), recital_figures(recital), gr.skip(), gr.skip()
                 if stopped():
@@ -860,7 +864,7 @@ def _reciting(play: Play) -> None:
         surprise.click(on_surprise, [tokens], outputs, **options),
     ]
     halt.click(
-        stop,
+        _stopper("recite"),
         None,
         [halt, note],
         cancels=jobs,

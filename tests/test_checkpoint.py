@@ -74,6 +74,27 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(loaded["model"][k], v) for k, v in state["model"].items())
 
 
+def test_what_a_kill_left_behind_goes_with_the_next_save(tmp_path):
+    """A file of half a gigabyte for each kill, hidden, until the disk is full."""
+    (tmp_path / ".a.pt.part").write_bytes(b"half a checkpoint")
+    path = save_checkpoint(tmp_path / "a.pt", tiny_state())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("trouble", [PermissionError(errno.EACCES, "denied"), MemoryError()])
+def test_trouble_with_reading_is_no_reason_to_delete(tmp_path, monkeypatch, trouble):
+    """A good file was called unreadable, and the advice was to delete it."""
+    path = save_checkpoint(tmp_path / "a.pt", tiny_state())
+
+    def load(*args, **kwargs):
+        raise trouble
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(path)
+    assert "try again" in one_line(error) and "delete" not in str(error.value)
+
+
 def test_load_model(tmp_path):
     """Weights in another layout, or a model left in training mode, would sample something else."""
     save_checkpoint(tmp_path / "a.pt", tiny_state())

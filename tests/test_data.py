@@ -113,6 +113,9 @@ def test_own_file_with_bom_and_windows_line_ends(tmp_path):
     text = load_text(path, context=32)
     assert text.name == "märchen"
     assert text.text == "Es war einmal.\nUnd dann?\n" * 40
+    # Converted twice, and read again from what was written out: one more change would be another text.
+    path.write_bytes(b"Es war einmal.\r\r\nUnd dann?\r\r\n" * 40)
+    assert load_text(path, context=32).text == text.text
 
 
 def test_own_file_from_the_home_folder(tmp_path, monkeypatch):

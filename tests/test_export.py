@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_play import tiny_checkpoint
 
-from shakespeare_gpt import export
+from shakespeare_gpt import export, plots
 from shakespeare_gpt.checkpoint import load_model
 from shakespeare_gpt.data import load_text
 from shakespeare_gpt.export import ExportError
@@ -244,6 +244,19 @@ def test_the_wrong_text_is_refused(tiny, tmp_path):
     with pytest.raises(ExportError, match="learnt another text"):
         export.stage_space(tmp_path / "s", tiny[0], load_text("input"))
     assert not (tmp_path / "s").exists()
+
+
+def test_named_weights_come_with_their_own_text(tiny, monkeypatch, tmp_path):
+    """SHAKESPEARE_GPT_WEIGHTS paired weights with whatever text had the same name."""
+    checkpoint, source, text = tiny
+    monkeypatch.setenv("SHAKESPEARE_GPT_WEIGHTS", str(checkpoint))
+    monkeypatch.setenv("SHAKESPEARE_GPT_TEXT", str(source))
+    assert plots.trained_model()[1].sha256 == text.sha256
+    other = tmp_path / "tiny.txt"
+    other.write_text("Another text of the same name.\n" * 40, encoding="utf-8")
+    monkeypatch.setenv("SHAKESPEARE_GPT_TEXT", str(other))
+    with pytest.raises(export.ExportError, match="learnt another text"):
+        plots.trained_model()
 
 
 def test_the_text_of_a_preset_is_found():

@@ -167,7 +167,7 @@ def test_files_are_opened_as_utf8():
         source = path.read_text(encoding="utf-8")
         for match in call.finditer(source):
             after = source[match.start() : match.start() + 300]
-            binary = re.search(r"""["'][rwa]b["']""", after)
+            binary = re.search(r"""["'][rwa]\+?b["']""", after)
             named = re.search(
                 r"(safe_open|fdopen|urlopen|Image\.open|webbrowser\.open)\($",
                 source[: match.start() + 5],

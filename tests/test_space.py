@@ -403,6 +403,16 @@ def test_stopping_ends_after_the_token_in_hand(app, play):
     assert result.stats.tokens <= 4
 
 
+def test_stop_ends_the_text_of_its_own_tab(app):
+    """With one slot for a browser, Stop under the text that one writes ended the recital in the other tab."""
+    visitor = gr.Request(session_hash="ada")
+    with app._stoppable(visitor, "write") as written, app._stoppable(visitor, "recite") as recited:
+        app._stopper("write")(visitor)
+        assert written() and not recited()
+    app._stopper("write")(visitor)  # nothing runs any more
+    assert not app.running
+
+
 def test_closing_the_page_closes_the_model(app, play):
     """Gradio closes the generator when a request is cancelled: nothing may go on computing."""
     running = app.continue_prompt(play, "Ennor:", 400, 1.5, 0, 1.0, 1)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from shakespeare_gpt import train as module
 from shakespeare_gpt.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from shakespeare_gpt.model import GPT, GPTConfig
-from shakespeare_gpt.presets import PRESETS, checkpoint_path, get_preset, log_path, start
+from shakespeare_gpt.presets import PRESETS, checkpoint_path, get_preset, start
 from shakespeare_gpt.train import (
     TARGET,
     Muon,
@@ -122,7 +122,11 @@ def test_smoke_learns_the_first_lines_by_heart(smoke):
 def test_log_says_what_the_assignment_asks(smoke):
     """``step | loss | best | lr | tokens/s`` every ten steps, what ran in the head, two closing lines."""
     folder, preset, text, steps = smoke
-    lines = (folder / log_path(preset, text)).read_text(encoding="utf-8").splitlines()
+    lines = (
+        (folder / checkpoint_path(preset, text).with_suffix(".log"))
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     head = lines[: lines.index("step | loss | best | lr | tokens/s")]
     assert all(line.startswith("# ") for line in head)
     for name in ("preset", "text", "commit", "settings", "versions", "device"):
@@ -142,14 +146,14 @@ def test_a_finished_run_is_not_trained_again(smoke, monkeypatch):
     """Running the notebook again must load the result, and must not spoil the log of the run."""
     folder, preset, text, steps = smoke
     monkeypatch.chdir(folder)
-    before = log_path(preset, text).read_text(encoding="utf-8")
+    before = checkpoint_path(preset, text).with_suffix(".log").read_text(encoding="utf-8")
     model = GPT(preset.model)
     again = list(start(preset, text, model, device="cpu"))
     assert len(again) == 1 and again[0].done
     assert again[0].step == steps[-1].step and again[0].message == steps[-1].message
     assert again[0].history.losses == steps[-1].history.losses
     assert evaluate(model, text.ids) < TARGET
-    assert log_path(preset, text).read_text(encoding="utf-8") == before
+    assert checkpoint_path(preset, text).with_suffix(".log").read_text(encoding="utf-8") == before
 
 
 def test_another_text_gets_another_checkpoint(tmp_path):
@@ -432,6 +436,25 @@ def test_fp16_with_a_scaler(tmp_path):
     assert_same_run(run(config, checkpoint=path), expected)
 
 
+def test_an_overflow_in_fp16_moves_nothing(monkeypatch):
+    """An infinite gradient of AdamW's makes the norm infinite: Muon went on with what clipping left of its own."""
+    model, real, weights = new_model(), torch.amp.GradScaler.unscale_, []
+
+    def unscale(scaler, optimizer):
+        if isinstance(optimizer, torch.optim.AdamW) and len(weights) == 3:
+            optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
+        real(scaler, optimizer)
+
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale)
+    with closing(train(model, IDS, changed(precision="fp16"), device="cpu")) as steps:
+        for _ in range(5):
+            next(steps)
+            weights.append({k: v.clone() for k, v in model.state_dict().items()})
+    moved = [any(not a[k].equal(b[k]) for k in a) for a, b in pairwise(weights)]
+    assert moved == [True, True, False, True]
+    assert all(v.isfinite().all() for v in weights[-1].values())
+
+
 # --- signals and the command line -------------------------------------------------------------------
 
 
@@ -444,7 +467,7 @@ def test_command_line_survives_signals(tmp_path, launcher):
 
     With two processes both must stop after the same step, or one waits for the other for ever.
     """
-    path, log = tmp_path / "deep" / "a.pt", tmp_path / "logs" / "smoke.log"
+    path, log = tmp_path / "deep" / "a.pt", tmp_path / "deep" / "a.log"
     command = [sys.executable, *launcher, "-m", "shakespeare_gpt.train", "--preset", "smoke"]
     command += ["--target", "1e-6", "--checkpoint", str(path), "--device", "cpu"]
     environment = {
@@ -478,7 +501,7 @@ def test_command_line_survives_signals(tmp_path, launcher):
                 process.kill()
         assert "Interrupted. Saved checkpoint to" in rest and "Traceback" not in rest
         histories.append(load_checkpoint(path)["history"]["losses"])
-        assert [p.name for p in path.parent.iterdir()] == ["a.pt"]
+        assert set(path.parent.iterdir()) == {path, log}
     first, second = histories
     assert 0 < len(first) < len(second)
     assert second[: len(first)] == first
@@ -499,12 +522,26 @@ def test_command_line_reaches_the_target(tmp_path, monkeypatch, capsys):
         "Target loss 2 reached at step" in out
         and "Saved checkpoint to checkpoints/smoke-poem-" in out
     )
-    (saved,) = (tmp_path / "checkpoints").iterdir()
+    (saved,) = (tmp_path / "checkpoints").glob("*.pt")
     assert load_model(saved)[1]["text_name"] == "poem"
+    assert saved.with_suffix(".log").is_file()
     assert module.main([*command, "--seed", "1"]) == 1
     assert "--restart" in capsys.readouterr().err
     assert module.main([*command, "--seed", "1", "--restart"]) == 0
     assert load_model(saved)[1]["seed"] == 1
+
+
+def test_a_restart_that_fails_keeps_the_old_weights(tmp_path, monkeypatch, capsys):
+    """--restart once deleted the weights first and looked at the rest of the command afterwards."""
+    monkeypatch.chdir(tmp_path)
+    command = ["--preset", "smoke", "--target", "9.0", "--device", "cpu"]
+    assert module.main(command) == 0
+    (saved,) = (tmp_path / "checkpoints").glob("*.pt")
+    before, _ = saved.read_bytes(), capsys.readouterr()
+    for bad in (["--device", "nonsense"], ["--log", str(tmp_path)]):
+        assert module.main([*command, "--restart", *bad]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+        assert saved.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -737,10 +774,32 @@ def test_impossible_settings():
             TrainConfig(**bad)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_processes_must_agree(monkeypatch, same):
+    """A text downloaded here and not there, bf16 found fast here and not there: weights that drift apart."""
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(module.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(module, "best_precision", lambda device: ("fp32", "it is busy"))
+
+    def gather(views, mine):
+        identity, _ = mine
+        views[:] = [(identity if same else {**identity, "tokens": 1}, "bf16"), mine]
+
+    monkeypatch.setattr(module.dist, "all_gather_object", gather)
+    start = (new_model(), IDS, changed(precision="auto"), None, {}, "cpu")
+    if same:
+        assert module._Run(*start).precision == "bf16"
+    else:
+        with pytest.raises(TrainingError) as error:
+            module._Run(*start)
+        assert "the same text" in one_line(error)
+
+
 # --- more than one process --------------------------------------------------------------------------
 
 WORKER = """
-import json, sys, torch, torch.distributed as dist
+import json, os, sys, torch, torch.distributed as dist
 from contextlib import closing
 from pathlib import Path
 from test_train import IDS, RECIPE, new_model
@@ -758,6 +817,7 @@ with closing(steps):
 mean = evaluate(model, IDS, batch_size=2, share=(rank, 2))
 (folder / f"rank{rank}.json").write_text(json.dumps([step.history.losses, step.history.tokens, mean]))
 dist.destroy_process_group()
+os._exit(0)  # as the command does: gloo's threads may abort a process that shuts down in the ordinary way
 """
 
 
