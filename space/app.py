@@ -704,10 +704,16 @@ def _writing(play: Play) -> None:
         for who, _, line in spread(play.speeches(), 5)
     ]
     if play.fixed:
-        n = play.model.config.n_positions
-        starts = range(0, max(1, len(play.text.ids) - n), n)
-        beginnings = [decode(play.text.ids[i : i + 12].tolist()) for i in starts]
-        # Not those that begin in the middle of a word.
+        n, ids = play.model.config.n_positions, play.text.ids.tolist()
+        starts = range(0, max(1, len(ids) - n), n)
+        # Not those that begin in the middle of a word, nor up to the middle of one.
+        whole = [i for i in starts if i == 0 or decode(ids[i - 1 : i])[-1:].isspace()]
+        beginnings = []
+        for i in whole or starts:
+            end = i + 12
+            while decode(ids[end : end + 1])[:1].isalpha():
+                end += 1
+            beginnings.append(decode(ids[i:end]))
         beginnings = spread([b for b in beginnings if b[0].isupper()] or beginnings, 5)
     with gr.Row():
         with gr.Column(scale=7, min_width=320):
