@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import get_preset
 from shakespeare_gpt.recite import exact_recall
-from shakespeare_gpt.train import TARGET, TrainingError, device_name, evaluate, train
+from shakespeare_gpt.train import TARGET, TrainingError, commit, device_name, evaluate, train
 
 
 def run(
@@ -36,7 +36,12 @@ def run(
     config = dataclasses.replace(config, max_passes=config.passes, min_steps=1)
     model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
     row = {"run": name, "expected": expected, "changes": changes}
-    lines = [json.dumps({"run": name, "config": dataclasses.asdict(config)})]
+    head = {"run": name, "config": dataclasses.asdict(config)}
+    head |= {
+        "device": f"{device_name(model.device)}, torch {torch.__version__}",
+        "commit": commit(),
+    }
+    lines = [json.dumps(head)]
     step, note = None, ""
     try:
         for step in train(model, text.ids, config):
