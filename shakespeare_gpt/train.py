@@ -780,9 +780,8 @@ def autocast(device: torch.device, precision: str):
         yield
         return
     parts = device.type == "cpu" and precision == "bf16"
-    in_fp32 = (
-        not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    )  # despite its name, CPUs too
+    # Despite its place this switch is obeyed on CPUs too: without it the parts run in fp32.
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
     # No cache of casted weights: each is used once a step, and a CUDA graph must not reuse old ones.
     with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
         if not parts:
@@ -793,7 +792,7 @@ def autocast(device: torch.device, precision: str):
             with sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(not in_fp32)
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def compile_blocks(model: GPT, gradients, shape: tuple[int, int]) -> str:
@@ -996,11 +995,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
-    distributed = os.environ.keys() >= {
-        "RANK",
-        "WORLD_SIZE",
-        "MASTER_ADDR",
-    }  # as torchrun sets them
+    # As torchrun sets them.
+    distributed = os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"}
     if distributed:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     first = not distributed or dist.get_rank() == 0
