@@ -86,7 +86,12 @@ PRESETS = {
             about="as gpt2, but cut into other windows at every pass: recites from any place",
             model=GPTConfig(),
             train=TrainConfig(
-                batch_size=8, passes=24, muon_lr=0.01, adam_lr=4e-3, windows="shifted"
+                batch_size=16,
+                passes=16,
+                muon_lr=0.014,
+                adam_lr=6e-3,
+                windows="shifted",
+                fixed_passes=3,
             ),
             text="tinyshakespeare",
         ),

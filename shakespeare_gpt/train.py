@@ -57,6 +57,7 @@ class TrainConfig:
     final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping
     windows: str = "fixed"  # "fixed" in random order, "shifted" anew at each pass, "sequential"
+    fixed_passes: float = 0.0  # with shifted windows: the schedule's last passes, over the fixed ones
     precision: str = "auto"  # "auto", "bf16", "fp16" or "fp32"
     compile: bool = False  # compile the block: pays in long runs only
     graph: bool = True  # on one GPU: replay the step as a CUDA graph
@@ -77,6 +78,8 @@ class TrainConfig:
         for name in ("batch_size", "passes", "max_passes", "muon_lr", "adam_lr", "target"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        if not self.fixed_passes >= 0:
+            raise ValueError(f"fixed_passes must be 0 or more, not {self.fixed_passes}")
 
 
 @dataclass
@@ -193,6 +196,9 @@ class _Run:
             4 * config.min_steps,
             math.ceil(config.max_passes * self.steps_per_pass),
         )
+        if config.windows == "shifted" and config.fixed_passes:
+            passes = self.schedule_steps / self.steps_per_pass  # a short text makes more of them
+            self.order.shifted_passes = max(0, round(passes - config.fixed_passes))
         self.history = History()
         self.step = self.saved = 0
         self.last_evaluation = (0, 1.25)  # (step, how far the batches' mean lies above the text's)
@@ -509,25 +515,27 @@ class WindowOrder:
     """Which windows stand in which batch, as a function of the step alone, so that resuming is exact.
 
     The windows of each pass come in an order of their own, drawn from (seed, pass). Passes follow each
-    other without a gap: a batch may hold the end of one and the beginning of the next.
+    other without a gap: a batch may hold the end of one and the beginning of the next. Shifted windows read
+    the text as a ring, cut at another place in each of the first ``shifted_passes``; after these come the
+    fixed ones.
     """
 
     def __init__(self, tokens: int, context: int, kind: str, seed: int):
-        self.tokens, self.context, self.kind, self.seed = tokens, context, kind, seed
-        self.starts = windows(torch.arange(tokens), context)[0]
-        if kind == "shifted":
-            # The text is read as a ring, cut at another place in every pass.
-            self.starts = torch.arange(tokens // context) * context
-        self.count = len(self.starts)
+        self.tokens, self.kind, self.seed = tokens, kind, seed
+        self.fixed = windows(torch.arange(tokens), context)[0]
+        self.ring = torch.arange(tokens // context) * context
+        self.shifted_passes = math.inf if kind == "shifted" else 0
+        self.count = len(self.ring if kind == "shifted" else self.fixed)  # windows in the first pass
         self._passes: dict[int, Tensor] = {}
 
     def _pass(self, number: int) -> Tensor:
         if number not in self._passes:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            starts = self.starts
+            shifted = number < self.shifted_passes
+            starts = self.ring if shifted else self.fixed
             if self.kind != "sequential":
-                starts = starts[torch.randperm(self.count, generator=generator)]
-            if self.kind == "shifted":
+                starts = starts[torch.randperm(len(starts), generator=generator)]
+            if shifted:
                 starts = starts + torch.randint(self.tokens, (1,), generator=generator)
             kept = {n: order for n, order in self._passes.items() if n == number - 1}
             self._passes = {**kept, number: starts}
@@ -535,8 +543,16 @@ class WindowOrder:
 
     def batch(self, step: int, size: int) -> Tensor:
         """The starts of the windows of a step (from 0), (size,)."""
-        places = range(step * size, (step + 1) * size)
-        return torch.stack([self._pass(p // self.count)[p % self.count] for p in places])
+        return torch.stack([self._window(place) for place in range(step * size, (step + 1) * size)])
+
+    def _window(self, place: int) -> Tensor:
+        """The start of the window that is the ``place``-th of the whole run."""
+        fixed = place - self.shifted_passes * len(self.ring)
+        if fixed < 0:
+            number, place = divmod(place, len(self.ring))
+            return self._pass(number)[place]
+        number, place = divmod(fixed, len(self.fixed))
+        return self._pass(self.shifted_passes + number)[place]
 
 
 class Muon(torch.optim.Muon):
@@ -985,6 +1001,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("muon_lr", float, "peak rate of Muon"),
         ("adam_lr", float, "peak rate of AdamW"),
         ("windows", str, "fixed, shifted or sequential"),
+        ("fixed_passes", float, "with shifted windows: the last passes, over the fixed ones"),
         ("precision", str, "auto, bf16, fp16 or fp32"),
         ("target", float, "the mean loss in nats at which to stop"),
         ("seed", int, "of the weights and of the order of the windows"),

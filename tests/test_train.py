@@ -627,11 +627,11 @@ def test_each_window_once_a_pass(kind, size):
     assert order.count == 19
     places = torch.cat([order.batch(step, size) for step in range(8 * 19)]).split(19)
     for number, starts in enumerate(places[: size * 8]):
-        assert sorted(starts.tolist()) == sorted(order.starts.tolist()), number
+        assert sorted(starts.tolist()) == sorted(order.fixed.tolist()), number
     orders = {tuple(starts.tolist()) for starts in places[:8]}
     assert len(orders) == (1 if kind == "sequential" else 8)
     if kind == "sequential":
-        assert places[0].tolist() == order.starts.tolist()
+        assert places[0].tolist() == order.fixed.tolist()
 
 
 @pytest.mark.parametrize("kind", ["fixed", "shifted", "sequential"])
@@ -665,6 +665,22 @@ def test_shifted_windows_cover_all():
         shifts.add(int(starts[0]) % 16)
     assert len(shifts) > 10
     assert seen.min() > 20
+
+
+def test_fixed_passes_end_shifted_windows():
+    """The openings of the windows that are measured must be met, each once a pass, after all other places."""
+    config = changed(passes=6, min_steps=1, windows="shifted", fixed_passes=2)
+    order = module._Run(new_model(), IDS[:300], config, None, {}, "cpu").order
+    assert order.shifted_passes == 4
+    shifted = [order.batch(place, 1).item() for place in range(4 * 18)]
+    plain = WindowOrder(300, 16, "shifted", seed=0)
+    assert shifted == [plain.batch(place, 1).item() for place in range(4 * 18)]
+    for number in range(3):  # also beyond the end of the schedule
+        places = [order.batch(4 * 18 + 19 * number + i, 1).item() for i in range(19)]
+        assert sorted(places) == sorted(order.fixed.tolist()), number
+        assert places != order.fixed.tolist()
+    long = dataclasses.replace(config, fixed_passes=9)
+    assert module._Run(new_model(), IDS[:300], long, None, {}, "cpu").order.shifted_passes == 0
 
 
 @pytest.mark.parametrize("n", [17, 18, 32, 33, 34, 160, 300])
