@@ -91,7 +91,7 @@ PRESETS = {
                 muon_lr=0.014,
                 adam_lr=6e-3,
                 windows="shifted",
-                fixed_passes=3,
+                fixed_passes=2,
             ),
             text="tinyshakespeare",
         ),
