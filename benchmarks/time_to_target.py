@@ -65,6 +65,8 @@ def measure(name: str, seed: int, source: str | None, out: Path, device: torch.d
     batch = config.batch_size * preset.model.n_positions
     if history.first_batch is not None:
         first = f"step {history.first_batch}, {history.first_batch * batch:,} tokens"
+    elif config.windows == "shifted":
+        first = "none"
     else:
         # The run stopped before: would the batch that comes next have been under the target?
         order = WindowOrder(len(text.ids), preset.model.n_positions, config.windows, seed)
