@@ -20,6 +20,7 @@ from shakespeare_gpt.presets import get_preset
 from shakespeare_gpt.recite import exact_recall
 from shakespeare_gpt.train import (
     TARGET,
+    TrainingError,
     WindowOrder,
     autocast,
     default_device,
@@ -46,7 +47,10 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|---|--:|--:|--:|--:|", flush=True)
     for run in args.runs:
         name, seed = run.split(":")
-        row = measure(name, int(seed), args.text, args.out, device)
+        try:
+            row = measure(name, int(seed), args.text, args.out, device)
+        except TrainingError as error:  # the table goes on
+            row = [name, seed, str(error)]
         print("| " + " | ".join(row) + " |", flush=True)
 
 

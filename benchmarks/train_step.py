@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 from shakespeare_gpt.checkpoint import to_openai
+from shakespeare_gpt.data import windows
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import get_preset
 from shakespeare_gpt.train import (
@@ -50,6 +51,10 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     steps = args.steps or (20 if on_gpu else 3)
     precision, reason = best_precision(device)
+    preset = get_preset("gpt2")
+    most = len(windows(preset.load_text(args.text).ids, preset.model.n_positions)[0])
+    if max(args.batch_size) > most:  # our loop would take no more windows in a step than there are
+        parser.error(f"the text has {most} windows: take no larger batch, or a longer --text")
     import transformers
 
     print(

@@ -2,7 +2,7 @@
 
 ``python -m shakespeare_gpt.address`` says it; with an address after it, that one takes its place.
 
-Badges, the notebooks' first cells, the README and the Space's page need it in full; this file holds it.
+Badges, the notebooks' first cells and the README need it in full; this file holds it.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
     ) as error:  # torch's zip writer reports a full disk as RuntimeError
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(
-            f"The checkpoint {path} could not be written ({reason}): free some disk space. "
+            f"The checkpoint {path} could not be written ({reason}): free some disk space, or save elsewhere. "
             "An earlier checkpoint of that name is untouched."
         ) from None
     finally:

@@ -14,7 +14,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -406,10 +405,7 @@ def push(
     With ``dry_run`` nothing is sent and no network is needed; print ``listing(list_folder(folder))`` for what
     would go. Raises ExportError.
     """
-    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
-        raise ExportError(
-            f"{name!r} is no name of a Space: it reads USER/NAME, such as ada/shakespeare-gpt."
-        )
+    check_name(name)
     folder = Path(folder)
     for file in ("app.py", "README.md", "requirements.txt", "model.safetensors", "text.txt"):
         if not (folder / file).is_file():
@@ -419,12 +415,10 @@ def push(
     url = f"https://huggingface.co/spaces/{name}"
     if dry_run:
         return url
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-        from huggingface_hub.utils import get_token
-    except ImportError:
-        raise ExportError("Uploading needs huggingface_hub: pip install huggingface_hub") from None
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.utils import get_token
+
     need = (
         "make one that may write at https://huggingface.co/settings/tokens, then set HF_TOKEN "
         "or run: hf auth login"
@@ -434,7 +428,7 @@ def push(
         raise ExportError(f"There is no Hugging Face token: {need}")
     try:
         api = HfApi(token=token)
-        api.create_repo(name, repo_type="space", space_sdk="gradio", private=private, exist_ok=True)
+        _create(api, name, private)
         api.upload_folder(
             folder_path=folder,
             repo_id=name,
@@ -442,18 +436,23 @@ def push(
             commit_message="The Space, staged by shakespeare_gpt.export",
             ignore_patterns=[f"**/{part}/**" for part in IGNORED]
             + [f"{part}/**" for part in IGNORED]
-            + ["*.part"],
+            + [".DS_Store", "**/.DS_Store", "*.part"],
         )
     except LocalTokenNotFoundError:
         raise ExportError(f"There is no Hugging Face token: {need}") from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
+        said = " ".join((getattr(error, "server_message", None) or "").split())
+        said = f" ({status}: {said})" if said else f" ({status})"
         if status in (401, 403):
+            raise ExportError(f"Hugging Face refused the token{said} for {name}: {need}") from None
+        if status == 402:
             raise ExportError(
-                f"Hugging Face refused the token ({status}) for {name}: {need}"
+                f"Hugging Face wants a paid plan for {name}{said}: without one an account may have two Gradio "
+                f"Spaces, on ZeroGPU. Delete one, or show yours from here: python {folder / 'app.py'}"
             ) from None
         raise ExportError(
-            f"Hugging Face answered {status} for {name}: try again, or upload by hand (notebook 05)."
+            f"Hugging Face did not take {name}{said}: try again, or upload by hand (notebook 05)."
         ) from None
     except Exception as error:  # httpx, DNS, TLS, time-outs: a dozen types, one meaning
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -462,6 +461,38 @@ def push(
             "what was already sent is not sent twice."
         ) from None
     return url
+
+
+def check_name(name: str) -> None:
+    """Raise ExportError for what cannot be a Space's name, by Hugging Face's own rules."""
+    try:
+        from huggingface_hub.utils import HFValidationError, validate_repo_id
+    except ImportError:
+        raise ExportError("Uploading needs huggingface_hub: pip install huggingface_hub") from None
+    with contextlib.suppress(HFValidationError):
+        validate_repo_id(name)
+        if "/" in name:
+            return
+    raise ExportError(
+        f"{name!r} is no name of a Space: it reads USER/NAME, such as ada/shakespeare-gpt."
+    )
+
+
+def _create(api: Any, name: str, private: bool) -> None:
+    """Make the Space, unless there is one of that name: on a plain CPU, else on ZeroGPU.
+
+    Since July 2026 Hugging Face answers 402 to a free account that asks for a Gradio Space on a CPU, but lets
+    it have two on ZeroGPU (https://huggingface.co/docs/hub/spaces-overview), whose CPU is enough for us.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    kind = {"repo_type": "space", "space_sdk": "gradio", "private": private, "exist_ok": True}
+    try:
+        api.create_repo(name, **kind)
+    except HfHubHTTPError as error:
+        if getattr(error.response, "status_code", None) != 402:
+            raise
+        api.create_repo(name, **kind, space_hardware="zero-a10g")
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -533,11 +564,7 @@ def _run(args: argparse.Namespace) -> None:
             "one with --checkpoint."
         )
     if args.push:  # a wrong name is worth knowing before half a gigabyte is written
-        name = args.push
-        if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", name):
-            raise ExportError(
-                f"{name!r} is no name of a Space: it reads USER/NAME, such as ada/shakespeare-gpt."
-            )
+        check_name(args.push)
     if args.safetensors or args.transformers:
         model, meta = load_model(checkpoint)
         if args.safetensors:

@@ -58,7 +58,7 @@ def check_knobs(temperature: float, top_k: int, top_p: float) -> None:
     """Raise ValueError, in one line, for a setting that means nothing."""
     if not 0.0 <= temperature < float("inf"):  # also refuses NaN
         raise ValueError(f"temperature must be 0 or more, not {temperature}")
-    if top_k < 0 or top_k != int(top_k):
+    if not 0 <= top_k < float("inf") or top_k != int(top_k):
         raise ValueError(f"top_k must be a whole number, 0 (off) or more, not {top_k}")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
@@ -287,6 +287,8 @@ def generate(
     check_knobs(temperature, top_k, top_p)
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be a number of 64 bits, not {seed}")
     prompt = [int(token) for token in prompt_ids] or [min(NEWLINE, model.config.vocab_size - 1)]
     if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
         raise ValueError(f"the prompt's token ids must lie in 0..{model.config.vocab_size - 1}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from shakespeare_gpt.data import Text, TextError, load_text
+from shakespeare_gpt.data import SOURCE_VARIABLE, Text, TextError, load_text
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.train import (
     Step,
@@ -43,14 +43,15 @@ class Preset:
         """The preset's text, or ``source``, or what SHAKESPEARE_GPT_TEXT names.
 
         Where Tiny Shakespeare cannot be downloaded, says so and takes ``input.txt`` instead. Raises
-        TextError for a text of the user's own that cannot be used.
+        TextError for a text that the user named and that cannot be used.
         """
         chosen = source or os.environ.get(TEXT_VARIABLE) or self.text
         limit = self.max_tokens if chosen == self.text else None
         try:
             return load_text(chosen, context=self.model.n_positions, max_tokens=limit)
         except TextError as error:
-            if chosen != "tinyshakespeare" or source or os.environ.get(TEXT_VARIABLE):
+            named = source or os.environ.get(TEXT_VARIABLE) or os.environ.get(SOURCE_VARIABLE)
+            if chosen != "tinyshakespeare" or named:
                 raise
             print(f"{error}\nUsing input.txt, the play in this repository, instead.")
             return load_text("input", context=self.model.n_positions)

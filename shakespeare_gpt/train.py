@@ -57,7 +57,9 @@ class TrainConfig:
     final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping
     windows: str = "fixed"  # "fixed" in random order, "shifted" anew at each pass, "sequential"
-    fixed_passes: float = 0.0  # with shifted windows: the schedule's last passes, over the fixed ones
+    fixed_passes: float = (
+        0.0  # with shifted windows: the schedule's last passes, over the fixed ones
+    )
     precision: str = "auto"  # "auto", "bf16", "fp16" or "fp32"
     compile: bool = False  # compile the block: pays in long runs only
     graph: bool = True  # on one GPU: replay the step as a CUDA graph
@@ -78,8 +80,16 @@ class TrainConfig:
         for name in ("batch_size", "passes", "max_passes", "muon_lr", "adam_lr", "target"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        if not self.fixed_passes >= 0:
-            raise ValueError(f"fixed_passes must be 0 or more, not {self.fixed_passes}")
+        if math.inf in (self.passes, self.max_passes):
+            raise ValueError("passes and max_passes must be finite")
+        if not 0 <= self.fixed_passes < self.passes:
+            raise ValueError(
+                f"fixed_passes must be 0 or more and less than passes, not {self.fixed_passes}"
+            )
+        if self.fixed_passes and self.windows != "shifted":
+            raise ValueError(
+                f"fixed_passes is for shifted windows: set it to 0 with {self.windows}"
+            )
 
 
 @dataclass
@@ -197,8 +207,10 @@ class _Run:
             math.ceil(config.max_passes * self.steps_per_pass),
         )
         if config.windows == "shifted" and config.fixed_passes:
-            passes = self.schedule_steps / self.steps_per_pass  # a short text makes more of them
-            self.order.shifted_passes = max(0, round(passes - config.fixed_passes))
+            # Counted from the schedule's end, since a short text makes more passes than was asked.
+            shifted = self.schedule_steps * self.batch_size
+            shifted -= config.fixed_passes * len(self.order.fixed)
+            self.order.shifted_passes = max(0, round(shifted / len(self.order.ring)))
         self.history = History()
         self.step = self.saved = 0
         self.last_evaluation = (0, 1.25)  # (step, how far the batches' mean lies above the text's)
@@ -328,15 +340,16 @@ class _Run:
         """Measure the whole text where the batches say that it may be under the target.
 
         A measurement costs a third of a pass, so it waits until the batches' mean, corrected by how far it
-        was off the last time, is under the target; and at the schedule's end it is made anyway.
+        was off the last time, is under the target; and at the schedule's end it is made anyway. A run that
+        stops on one batch is measured then.
         """
         config = self.config
-        if config.stop_on != "text":
+        if config.stop_on == "batch" and self.history.first_batch is None:
             return None
         last, ratio = self.last_evaluation
         since = self.step - last
         near = self._recent() < config.target * ratio and since >= max(1, self.steps_per_pass / 8)
-        late = (
+        late = config.stop_on == "batch" or (
             self.step >= self.schedule_steps
             and (self.step - self.schedule_steps) % max(1, round(self.steps_per_pass)) == 0
         )
@@ -373,7 +386,7 @@ class _Run:
             )
             raise TrainingError(
                 f"The loss exploded at step {self.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g})"
-                f"{where}: lower the rates (--muon-lr, --adam-lr) or clip harder."
+                f"{where}: lower the rates (--muon-lr, --adam-lr)."
             )
 
     # --- before and after ---------------------------------------------------------------------------
@@ -473,7 +486,11 @@ class _Run:
         if self.checkpoint is None or not self.checkpoint.exists():
             return None
         state = load_checkpoint(self.checkpoint)
-        if state.get("identity") != self.identity() or state["config"] != asdict(self.model.config):
+        saved, own = state.get("identity") or {}, self.identity()
+        # A setting that is younger than the checkpoint had what is now its default.
+        defaults = {k: v for k, v in asdict(TrainConfig()).items() if k in own["train"]}
+        saved = {**saved, "train": {**defaults, **saved.get("train", {})}}
+        if saved != own or state["config"] != asdict(self.model.config):
             raise CheckpointError(
                 f"{self.checkpoint} belongs to a run with other settings or another text: "
                 "delete it to start over (--restart), or save elsewhere (--checkpoint)."
@@ -525,7 +542,9 @@ class WindowOrder:
         self.fixed = windows(torch.arange(tokens), context)[0]
         self.ring = torch.arange(tokens // context) * context
         self.shifted_passes = math.inf if kind == "shifted" else 0
-        self.count = len(self.ring if kind == "shifted" else self.fixed)  # windows in the first pass
+        self.count = len(
+            self.ring if kind == "shifted" else self.fixed
+        )  # windows in the first pass
         self._passes: dict[int, Tensor] = {}
 
     def _pass(self, number: int) -> Tensor:
@@ -894,7 +913,7 @@ def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any])
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file:
+    with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file, _reason(file):
         for step in steps:
             if head is not None and step.resumed and step.done and file.tell() > 0:
                 yield step  # the run had ended before, and its log says so
@@ -924,6 +943,16 @@ def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any])
             yield step
 
 
+@contextmanager
+def _reason(file):
+    """A run that fails says why at the end of its log."""
+    try:
+        yield
+    except TrainingError as error:
+        file.write(f"# {error}\n")
+        raise
+
+
 def log_line(step: Step) -> str:
     """A step as one line of the log: losses in nats, the rate, tokens a second."""
     return f"{step.step} | {step.loss:.6f} | {step.best:.6f} | {step.lr:.3e} | {step.tokens_per_second:.0f}"
@@ -944,13 +973,14 @@ def log_head(
     preset: str, text: str, sha256: str, config: TrainConfig, device: torch.device
 ) -> dict[str, Any]:
     """What a reader needs to trace a log: the code, the text, the settings, the machine."""
+    precision = best_precision(device)[0] if config.precision == "auto" else config.precision
     return {
         "preset": preset,
         "text": f"{text}, SHA-256 {sha256}",
         "commit": commit(),
         "settings": " ".join(f"{k}={v}" for k, v in asdict(config).items()),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "device": device_name(device),
+        "device": f"{device_name(device)}, {precision}",
     }
 
 
@@ -1018,19 +1048,24 @@ def main(arguments: list[str] | None = None) -> int:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     first = not distributed or dist.get_rank() == 0
     say = print if first else (lambda *a, **k: None)
-    path = None
+    path = earlier = None
     try:
         preset = get_preset(options.preset)
         changes = {f: getattr(options, f, None) for f in TrainConfig.__dataclass_fields__}
         config = replace(preset.train, **{k: v for k, v in changes.items() if v is not None})
         text = preset.load_text(options.text)
         path = Path(options.checkpoint) if options.checkpoint else checkpoint_path(preset, text)
-        device = torch.device(options.device) if options.device else default_device()
+        earlier = _written(path)
+        device = torch.device(options.device or default_device())
+        if device == torch.device("cuda"):
+            device = default_device()  # under torchrun each process has a GPU of its own
         model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
         say(
             f"{preset.name}: {model.num_parameters():,} parameters learn {text.name}, {len(text.ids):,} tokens"
         )
         name, reason = best_precision(device)
+        if config.precision != "auto":
+            name, reason = config.precision, "it was asked for"
         say(f"device: {device_name(device)}; {name}, because {reason}")
         steps = start(
             preset,
@@ -1046,14 +1081,19 @@ def main(arguments: list[str] | None = None) -> int:
             _watch(steps, say)
         say(f"Saved checkpoint to {path}")
     except KeyboardInterrupt:
-        saved = path is not None and path.exists()
-        where = f"Saved checkpoint to {path}; the" if saved else "Nothing was trained yet; the"
-        say(f"\nInterrupted. {where} same command goes on from there.")
+        if path is not None and _written(path) != earlier:
+            without = " without --restart" if options.restart else ""
+            say(
+                f"Interrupted. Saved checkpoint to {path}; the same command{without} goes on from there."
+            )
+        else:
+            say("Interrupted before the first step.")
         return 130
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         # Our own errors are among these, and what torch raises for a device that is not there or is full.
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        say(f"error: {line}", file=sys.stderr)
+        who = "" if first else f" in process {dist.get_rank()}"
+        print(f"error{who}: {line}", file=sys.stderr)
         return 1
     finally:
         if distributed:
@@ -1061,22 +1101,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
+def _written(path: Path) -> int | None:
+    """When a file was last written, or None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def _watch(steps: Iterator[Step], say) -> None:
     """Print progress: one line that rewrites itself on a terminal, else a line every ten seconds."""
-    live, printed = sys.stdout.isatty(), 0.0
-    for step in steps:
-        if step.resumed:
-            say(f"{step.message}, in a run that has ended before: --restart starts over")
-            return
-        if step.done or time.monotonic() - printed > (0.5 if live else 10.0):
-            say(
-                f"\r{progress_line(step):<110}" if live else progress_line(step),
-                end="" if live else "\n",
-                flush=True,
-            )
-            printed = time.monotonic()
-        if step.done:
-            say(f"{chr(10) if live else ''}{step.message}")
+    live, printed, message = sys.stdout.isatty(), 0.0, ""
+    try:
+        for step in steps:
+            if step.resumed:
+                message = f"{step.message}, in a run that has ended before: --restart starts over"
+                break
+            if step.done or time.monotonic() - printed > (0.5 if live else 10.0):
+                say(
+                    f"\r{progress_line(step):<110}" if live else progress_line(step),
+                    end="" if live else "\n",
+                    flush=True,
+                )
+                printed = time.monotonic()
+            message = step.message
+    finally:
+        if live and printed:
+            say()  # what comes next, be it an error, begins on a line of its own
+    say(message)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +25,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(p) for p in (HERE, HERE.parent) if (p / "shakespeare_gpt").is_dir()][:1]
 
+try:  # on Hugging Face only; it must come before PyTorch, see `gpu` at the end
+    import spaces
+except ImportError:
+    spaces = None
 import gradio as gr  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -48,7 +53,11 @@ AT_ONCE = 2  # answers that are written at the same time, taking turns; one alon
 WAITING = 16  # requests that may wait; whoever comes after them is told so
 EVERY = 0.05  # seconds between two looks at a growing text
 
-TITLES = {"input": "The Warden of Skerrow", "tinyshakespeare": "Tiny Shakespeare"}
+# By the text's SHA-256: many files are called input.txt.
+TITLES = {
+    "0eacf58f0f9b1673cb26382a718ac11d928bbe810d4528e899bd7f80a1f17aa6": "The Warden of Skerrow",
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed": "Tiny Shakespeare",
+}
 SPEECH = re.compile(r"(?:\A\s*|\n[ \t]*\n)([^\n:]{1,60}):[ \t]*\n([^\n]*\w[^\n]*)")
 
 
@@ -65,6 +74,11 @@ def cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         count = min(count, max(1, int(quota) // int(period)))
     return count or 1
+
+
+def one_thread() -> ThreadPoolExecutor:
+    """A thread for the model, which takes all our cores for each product."""
+    return ThreadPoolExecutor(1, "model", initializer=torch.set_num_threads, initargs=(cores(),))
 
 
 @dataclass
@@ -89,9 +103,7 @@ class Play:
         self.edges = np.concatenate([[0], np.cumsum(sizes)])  # bytes before each token
         self.lines = self.text.text.split("\n")
         self.line_ends = np.cumsum([len(line.encode("utf-8")) + 1 for line in self.lines]) - 1
-        self._worker = ThreadPoolExecutor(
-            1, "model", initializer=torch.set_num_threads, initargs=(cores(),)
-        )
+        self._worker = one_thread()
 
     @classmethod
     def load(cls, folder: Path) -> Play:
@@ -107,7 +119,8 @@ class Play:
             raise TextError(
                 "text.txt is not the text that these weights learnt (its SHA-256 differs): stage the Space again."
             )
-        model, reason = fast_copy(model)
+        with one_thread() as measuring:  # as the model will be run, on the cores that are ours
+            model, reason = measuring.submit(fast_copy, model).result()
         play = cls(model, text, meta, reason)
         list(play.each(generate(model, [198], max_new_tokens=2)))  # the first call sets things up
         return play
@@ -123,11 +136,10 @@ class Play:
 
     @property
     def title(self) -> str:
-        name = str(self.meta.get("text_name", "its text"))
-        return TITLES.get(name, name)
+        return TITLES.get(self.text.sha256) or str(self.meta.get("text_name", "its text"))
 
     def speeches(self) -> list[tuple[str, int, str]]:
-        """(speaker, line number, the line): the first line of each speech; of each paragraph in prose."""
+        """(speaker, line number, the line): the first line of each speech; in prose every line."""
         found = [
             (m[1], self.text.text.count("\n", 0, m.start(2)) + 1, m[2].strip())
             for m in SPEECH.finditer(self.text.text)
@@ -146,7 +158,7 @@ class Play:
     @property
     def fixed(self) -> bool:
         """Whether the text was always cut into the same windows: then it is known from their starts only."""
-        return self.meta.get("windows") == "fixed"
+        return self.meta.get("windows") in ("fixed", "sequential")
 
     def after(self, line: int) -> int:
         """The first token boundary at or after the end of a line (from 1); one token is always left."""
@@ -277,7 +289,7 @@ def recite_line(play: Play, line, tokens, stopped: Callable[[], bool] = bool) ->
     # What was always read from the same place is asked from there, else a few words must do.
     start = (end - 1) // n * n if play.fixed else end - min(GIVEN, n // 2)
     given = ids[max(0, start) : end]
-    recital = Recital(line, decode(given), ids[end : end + tokens])
+    recital = Recital(line, decode(given).lstrip("\ufffd"), ids[end : end + tokens])
     told = generate(
         play.model,
         given,
@@ -674,20 +686,40 @@ MODEL = {"concurrency_id": "model", "concurrency_limit": AT_ONCE}
 running: dict[tuple[str, str], threading.Event] = {}
 
 
-@contextlib.contextmanager
-def _stoppable(request: gr.Request, tab: str) -> Iterator[Callable[[], bool]]:
-    """While it is open, Stop in the same tab and browser session makes the given function say True."""
-    key, event = (request.session_hash, tab), threading.Event()
-    running[key] = event
+def _job(request: gr.Request, tab: str, answers: Callable, show: Callable) -> Iterator[tuple]:
+    """One text of a tab, as it grows: updates of the page, its figures, the note and the Stop button.
+
+    ``answers`` is called with a function that says whether Stop was pressed and yields what ``show`` turns
+    into a page and figures. A second text in the same tab ends the first, and has the page for itself.
+    """
+    key, stop, said = (request.session_hash, tab), threading.Event(), gr.skip()
+    if key in running:
+        running[key].set()
+    running[key] = stop
+    figures = gr.skip()
     try:
-        yield event.is_set
+        yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
+        with contextlib.closing(answers(stop.is_set)) as growing:
+            for answer in growing:
+                if running.get(key) is stop:
+                    yield *show(answer), gr.skip(), gr.skip()
+        if stop.is_set():
+            said = notice("Stopped.")
+    except ValueError as error:
+        figures, said = "", notice(str(error), "bad")
+    except Exception:
+        traceback.print_exc()
+        said = notice("The machine behind this page could not go on. Try again.", "bad")
     finally:
-        if running.get(key) is event:
+        alone = running.get(key) is stop
+        if alone:
             del running[key]
+    if alone:
+        yield gr.skip(), figures, said, gr.update(interactive=False)
 
 
 def _stopper(tab: str) -> Callable:
-    """What Stop does: end the tab's text after the token in hand; the queue's own cancelling closes the rest."""
+    """What Stop does: end the tab's text after the token in hand."""
 
     def stop(request: gr.Request):
         event = running.get((request.session_hash, tab))
@@ -713,8 +745,8 @@ def _writing(play: Play) -> None:
             end = i + 12
             while decode(ids[end : end + 1])[:1].isalpha():
                 end += 1
-            beginnings.append(decode(ids[i:end]))
-        beginnings = spread([b for b in beginnings if b[0].isupper()] or beginnings, 5)
+            beginnings.append(decode(ids[i:end]).strip("\ufffd"))  # halves of a character
+        beginnings = spread([b for b in beginnings if b[:1].isupper()] or beginnings, 5)
     with gr.Row():
         with gr.Column(scale=7, min_width=320):
             prompt = gr.Textbox(
@@ -786,18 +818,14 @@ def _writing(play: Play) -> None:
 
     def on_write(prompt, length, temperature, top_k, top_p, seed, request: gr.Request):
         values = prompt, length, temperature, top_k, top_p, seed
-        yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
-        try:
-            with _stoppable(request, "write") as stopped:
-                for answer in continue_prompt(play, *values, stopped=stopped):
-                    yield leaf(play, answer), answer_figures(play, answer), gr.skip(), gr.skip()
-                if stopped():
-                    yield gr.skip(), gr.skip(), notice("Stopped."), gr.skip()
-        except ValueError as error:
-            yield gr.skip(), "", notice(str(error), "bad"), gr.skip()
-        yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False)
+        yield from _job(
+            request,
+            "write",
+            lambda stopped: continue_prompt(play, *values, stopped=stopped),
+            lambda answer: (leaf(play, answer), answer_figures(play, answer)),
+        )
 
-    job = gr.on(
+    gr.on(
         [go.click, prompt.submit],
         on_write,
         [prompt, length, temperature, top_k, top_p, seed],
@@ -811,7 +839,6 @@ def _writing(play: Play) -> None:
         _stopper("write"),
         None,
         [halt, note],
-        cancels=[job],
         queue=False,
         show_progress="hidden",
         api_visibility="private",
@@ -849,31 +876,24 @@ def _reciting(play: Play) -> None:
     )
 
     def on_recite(line, tokens, request: gr.Request):
-        yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
-        try:
-            with _stoppable(request, "recite") as stopped:
-                for recital in recite_line(play, line, tokens, stopped=stopped):
-                    yield versus(play, recital), recital_figures(recital), gr.skip(), gr.skip()
-                if stopped():
-                    yield gr.skip(), gr.skip(), notice("Stopped."), gr.skip()
-        except ValueError as error:
-            yield gr.skip(), "", notice(str(error), "bad"), gr.skip()
-        yield gr.skip(), gr.skip(), gr.skip(), gr.update(interactive=False)
+        yield from _job(
+            request,
+            "recite",
+            lambda stopped: recite_line(play, line, tokens, stopped=stopped),
+            lambda recital: (versus(play, recital), recital_figures(recital)),
+        )
 
     def on_surprise(tokens, request: gr.Request):
         yield from on_recite(random.SystemRandom().choice(speeches)[1], tokens, request)
 
     outputs = [page, numbers, note, halt]
     options = {"show_progress": "hidden", "api_visibility": "private", **MODEL}
-    jobs = [
-        go.click(on_recite, [line, tokens], outputs, **options),
-        surprise.click(on_surprise, [tokens], outputs, **options),
-    ]
+    go.click(on_recite, [line, tokens], outputs, **options)
+    surprise.click(on_surprise, [tokens], outputs, **options)
     halt.click(
         _stopper("recite"),
         None,
         [halt, note],
-        cancels=jobs,
         queue=False,
         show_progress="hidden",
         api_visibility="private",
@@ -949,6 +969,16 @@ def describe_answer(play: Play, answer: Answer) -> dict[str, Any]:
             for s in play.source.spans(answer.text)
         ],
     }
+
+
+if spaces is not None:
+
+    @spaces.GPU
+    def gpu() -> None:
+        """Never called: ZeroGPU, a free account's only kind of Space, starts no program without such a function.
+
+        The model is small enough for the CPU there, so no visitor's share of GPU time is spent.
+        """
 
 
 demo = build()

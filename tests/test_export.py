@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,15 +214,13 @@ def test_a_staged_space_is_complete(tiny, tmp_path):
 
 def test_front_matter():
     """What Hugging Face reads of the README, and that its version of Gradio is the one tested here."""
-    import gradio
-
     _, matter, _ = (ROOT / "space" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     fields = dict(line.split(": ", 1) for line in matter.strip().splitlines())
     assert fields["sdk"] == "gradio"
     assert fields["app_file"] == "app.py"
     assert len(fields["short_description"]) <= 60
-    if gradio.__version__.startswith("6."):
-        assert fields["sdk_version"].split(".")[0] == "6"
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert f"gradio=={fields['sdk_version']}\n" in pins
     assert {"title", "emoji", "colorFrom", "colorTo", "license", "python_version"} <= set(fields)
 
 
@@ -303,6 +302,8 @@ def test_the_command_line_exports(tiny, tmp_path, capsys):
         (["--stage", "x"], "There is no checkpoint in checkpoints/"),
         (["--stage", "x", "--checkpoint", "none.pt"], "There is no checkpoint none.pt"),
         (["--push", "nobody", "--checkpoint", "none.pt"], "USER/NAME"),
+        (["--push", "ada/my--space", "--checkpoint", "none.pt"], "USER/NAME"),
+        (["--push", "ada/a/b", "--checkpoint", "none.pt"], "USER/NAME"),
     ],
 )
 def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -335,7 +336,8 @@ def test_push_needs_a_token_and_says_so(staged, monkeypatch, no_network):
     assert export.push(staged, "ada/play", dry_run=True).endswith("/spaces/ada/play")
 
 
-def test_push_without_a_network_is_one_line(staged, no_network):
+def test_push_without_a_network_is_one_line(staged, no_network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # meet the real error
     with pytest.raises(ExportError, match="could not be reached") as caught:
         export.push(staged, "ada/play", token="hf_x")
     assert "\n" not in str(caught.value)
@@ -344,6 +346,38 @@ def test_push_without_a_network_is_one_line(staged, no_network):
 def test_push_wants_a_staged_folder(tmp_path):
     with pytest.raises(ExportError, match="no staged Space"):
         export.push(tmp_path, "ada/play", token="hf_x")
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_push_with_a_free_account(staged, monkeypatch, room):
+    """Since July 2026 a free account gets no Gradio Space on a CPU, and two on ZeroGPU."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    asked = []
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def create_repo(self, name, **options):
+            asked.append(options.get("space_hardware"))
+            if not room or not options.get("space_hardware"):
+                raise HfHubHTTPError(
+                    "402", response=SimpleNamespace(status_code=402, headers={}, request=None),
+                    server_message="Subscribe\nto PRO",
+                )  # fmt: skip
+
+        def upload_folder(self, **options):
+            asked.append("uploaded")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    if room:
+        export.push(staged, "ada/play", token="t")
+        assert asked == [None, "zero-a10g", "uploaded"]
+    else:
+        with pytest.raises(ExportError, match=r"\(402: Subscribe to PRO\).*app\.py"):
+            export.push(staged, "ada/play", token="t")
+        assert asked == [None, "zero-a10g"]
 
 
 def test_push_makes_a_gradio_space_and_uploads(staged, monkeypatch):
@@ -372,6 +406,8 @@ def test_push_makes_a_gradio_space_and_uploads(staged, monkeypatch):
 
     (staged / "shakespeare_gpt" / "__pycache__").mkdir()
     (staged / "shakespeare_gpt" / "__pycache__" / "x.pyc").write_bytes(b"x")
+    for folder in (staged, staged / "shakespeare_gpt"):  # of macOS
+        (folder / ".DS_Store").write_bytes(b"x")
     everything = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
     kept = filter_repo_objects(everything, ignore_patterns=sent["ignore_patterns"])
     assert sorted(kept) == [file.path for file in export.list_folder(staged)]

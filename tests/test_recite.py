@@ -1,8 +1,6 @@
 """What is known by heart: losses, recall, and the marking of quotations."""
 
-import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -313,13 +311,8 @@ def test_exactly_the_tokens_of_long_enough_runs_are_covered(data):
 
 def test_marking_a_growing_text_is_quick_and_consistent():
     """Guards against time that grows with the square of the text: 338,025 tokens, 2,000 of them generated."""
-    path = Path(os.environ.get("SHAKESPEARE_GPT_TINYSHAKESPEARE", ""))
-    if path.is_file():
-        words = path.read_text(encoding="utf-8")
-    else:
-        numbers = torch.randint(1000, 20000, (338_000,), generator=seeded(4)).tolist()
-        words = decode(numbers)
-    text = text_of(words)
+    numbers = torch.randint(1000, 20000, (338_000,), generator=seeded(4)).tolist()
+    text = text_of(decode(numbers))
     source = Source(text)
     ids, generated = text.ids.tolist(), []
     for i, at in enumerate(torch.randint(0, len(ids) - 100, (60,), generator=seeded(5)).tolist()):

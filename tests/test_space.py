@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -405,22 +406,66 @@ def test_stopping_ends_after_the_token_in_hand(app, play):
 
 def test_stop_ends_the_text_of_its_own_tab(app):
     """With one slot for a browser, Stop under the text that one writes ended the recital in the other tab."""
-    visitor = gr.Request(session_hash="ada")
-    with app._stoppable(visitor, "write") as written, app._stoppable(visitor, "recite") as recited:
-        app._stopper("write")(visitor)
-        assert written() and not recited()
+    visitor, asked = gr.Request(session_hash="ada"), {}
+
+    def job(tab, name):
+        def answers(stopped):
+            asked[name] = stopped
+            yield from itertools.repeat(name)
+
+        return app._job(visitor, tab, answers, lambda answer: (answer, ""))
+
+    jobs = {name: job(tab, name) for tab, name in (("write", "a"), ("recite", "b"))}
+    for name, updates in jobs.items():
+        assert next(updates)[3]["interactive"]  # Stop may be pressed
+        assert next(updates)[0] == name
+    app._stopper("write")(visitor)
+    assert asked["a"]() and not asked["b"]()
+    # A second text in the same tab ends the first, which then leaves the page and Stop alone.
+    second = job("recite", "c")
+    next(second)
+    assert asked["b"]() and next(second)[0] == "c" and not asked["c"]()
+    for updates in (*jobs.values(), second):
+        updates.close()
     app._stopper("write")(visitor)  # nothing runs any more
     assert not app.running
 
 
-def test_closing_the_page_closes_the_model(app, play):
+@pytest.mark.parametrize(
+    ("error", "said"), [(ValueError("a line"), "a line"), (RuntimeError("CUDA"), "could not go on")]
+)
+def test_a_text_that_fails_leaves_the_page_usable(app, capsys, error, said):
+    """Without the last update Stop would stay on and the caret would blink for ever."""
+
+    def answers(stopped):
+        yield "a"
+        raise error
+
+    updates = list(
+        app._job(gr.Request(session_hash="ada"), "write", answers, lambda answer: (answer, ""))
+    )
+    assert said in updates[-1][2] and updates[-1][3]["interactive"] is False
+    assert not app.running
+
+
+def test_closing_the_page_closes_the_model(app, play, monkeypatch):
     """Gradio closes the generator when a request is cancelled: nothing may go on computing."""
+    closed = threading.Event()
+
+    def endless(*args, **options):
+        try:
+            while True:
+                time.sleep(0.01)
+                yield "a "
+        finally:
+            closed.set()
+
+    monkeypatch.setattr(app, "stream_text", endless)
     running = app.continue_prompt(play, "Ennor:", 400, 1.5, 0, 1.0, 1)
-    first = next(running)
+    next(running)
+    assert not closed.is_set()
     running.close()
-    tokens = first.stats.tokens
-    time.sleep(0.2)
-    assert first.stats.tokens == tokens < 60
+    assert closed.wait(5)
 
 
 def test_texts_of_clients_are_not_mixed(app, play):
@@ -527,6 +572,26 @@ def test_the_queue_is_bounded_and_nothing_goes_round_it(app):
     named = [f for f in app.demo.fns.values() if f.concurrency_id == "model"]
     assert len(named) == 5  # two endpoints, Generate, Recite, Surprise me
     assert all(f.concurrency_limit == app.AT_ONCE for f in named)
+    assert all(f.queue is not False for f in named) and app.demo.api_open is False
+
+
+def test_starts_on_zerogpu(staged, tmp_path):
+    """A free account's Space runs there: the module must come before PyTorch and be given a function."""
+    (tmp_path / "spaces.py").write_text(
+        "import sys\n"
+        "assert 'torch' not in sys.modules\n"
+        "def GPU(task):\n"
+        "    print('for the GPU:', task.__name__)\n"
+        "    return task\n",
+        encoding="utf-8",
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", "import app; print(app.demo is not None, app.Play.load(app.HERE).title)"],
+        cwd=staged, capture_output=True, encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "for the GPU: gpu" in result.stdout and "True" in result.stdout
 
 
 # ---------------------------------------------------------------------------- as a program

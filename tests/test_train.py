@@ -179,11 +179,14 @@ def test_interrupted_equals_uninterrupted(tmp_path, whole, stops):
     assert_same_run(run(checkpoint=path), whole)
 
 
-@pytest.mark.parametrize("kind", ["shifted", "sequential"])
-def test_resuming_is_exact_for_every_order(tmp_path, kind):
+@pytest.mark.parametrize(
+    "kind, fixed, stop",
+    [("shifted", 0, 23), ("sequential", 0, 23), ("shifted", 11, 9), ("shifted", 11, 23)],
+)
+def test_resuming_is_exact_for_every_order(tmp_path, kind, fixed, stop):
     """Shifts drawn from a generator whose state is not saved would differ after a resume."""
-    config, path = changed(windows=kind, target=3.0), tmp_path / "a.pt"
-    run(config, stop_after=23, checkpoint=path)
+    config, path = changed(windows=kind, fixed_passes=fixed, target=3.0), tmp_path / "a.pt"
+    run(config, stop_after=stop, checkpoint=path)
     assert_same_run(run(config, checkpoint=path), run(config))
 
 
@@ -264,6 +267,16 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, what):
     assert "--restart" in one_line(error) and path.read_bytes() == before
 
 
+def test_a_setting_younger_than_the_checkpoint(tmp_path, whole):
+    """A new setting at its default changes nothing: hours of training must not be refused for it."""
+    path = tmp_path / "a.pt"
+    run(stop_after=7, checkpoint=path)
+    state = load_checkpoint(path)
+    del state["identity"]["train"]["fixed_passes"]
+    save_checkpoint(path, state)
+    assert_same_run(run(checkpoint=path), whole)
+
+
 def test_saved_names_are_plain(tmp_path, monkeypatch):
     """torch.compile and data parallelism put prefixes before the names: no other program reads them."""
     config, path = changed(compile=True, target=3.0), tmp_path / "a.pt"
@@ -320,7 +333,7 @@ def test_trains_without_glibc(monkeypatch):
         lambda name: len(None),
     ):
         monkeypatch.setattr(module.ctypes, "CDLL", failing)
-        with closing(train(new_model(), IDS, changed())) as steps:
+        with closing(train(new_model(), IDS, changed(), device="cpu")) as steps:
             assert next(steps).step == 1
 
 
@@ -582,6 +595,31 @@ def test_help_names_every_preset(capsys):
     assert all(name in out for name in PRESETS) and "--text" in out and "--restart" in out
 
 
+def test_interrupted_restart_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    """The same command would restart once more, and throw away what was just saved."""
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted(steps, say):
+        next(steps)
+        raise KeyboardInterrupt
+
+    command = ["--preset", "smoke", "--device", "cpu"]
+    monkeypatch.setattr(module, "_watch", interrupted)
+    for restart in ([], ["--restart"]):
+        assert module.main(command + restart) == 130
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert "Saved checkpoint" in said and ("without --restart" in said) == bool(restart)
+
+
+def test_a_failed_run_says_why_in_its_log(tmp_path):
+    """A log that just ends looks like a killed run's."""
+    config = changed(passes=1, max_passes=1, min_steps=1, target=1e-9)
+    steps = logged(train(new_model(), IDS, config, device="cpu"), tmp_path / "a.log", {})
+    with pytest.raises(TrainingError) as error:
+        list(steps)
+    assert (tmp_path / "a.log").read_text(encoding="utf-8").endswith(f"# {error.value}\n")
+
+
 def test_log_of_a_resumed_run_goes_on(tmp_path):
     """A log that starts over at each resume shows the last hour of a run of ten."""
     path, log = tmp_path / "a.pt", tmp_path / "a.log"
@@ -679,8 +717,6 @@ def test_fixed_passes_end_shifted_windows():
         places = [order.batch(4 * 18 + 19 * number + i, 1).item() for i in range(19)]
         assert sorted(places) == sorted(order.fixed.tolist()), number
         assert places != order.fixed.tolist()
-    long = dataclasses.replace(config, fixed_passes=9)
-    assert module._Run(new_model(), IDS[:300], long, None, {}, "cpu").order.shifted_passes == 0
 
 
 @pytest.mark.parametrize("n", [17, 18, 32, 33, 34, 160, 300])
@@ -785,6 +821,10 @@ def test_impossible_settings():
         {"optimizer": "sgd"},
         {"precision": "int8"},
         {"batch_size": 0},
+        {"max_passes": float("inf")},
+        {"fixed_passes": -1.0, "windows": "shifted"},
+        {"fixed_passes": 8.0, "passes": 8.0, "windows": "shifted"},
+        {"fixed_passes": 2.0, "windows": "fixed"},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             TrainConfig(**bad)
