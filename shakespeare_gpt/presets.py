@@ -84,7 +84,7 @@ PRESETS = {
         ),
         Preset(
             name="anywhere",
-            about="as gpt2, but cut into other windows at every pass: recites from any place",
+            about="as gpt2, but cut into other windows at every pass, to recite from any place",
             model=GPTConfig(),
             train=TrainConfig(
                 batch_size=16,
