@@ -57,9 +57,7 @@ class TrainConfig:
     final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping
     windows: str = "fixed"  # "fixed" in random order, "shifted" anew at each pass, "sequential"
-    fixed_passes: float = (
-        0.0  # with shifted windows: the schedule's last passes, over the fixed ones
-    )
+    fixed_passes: float = 0.0  # with shifted windows: the last passes, over the fixed ones
     precision: str = "auto"  # "auto", "bf16", "fp16" or "fp32"
     compile: bool = False  # compile the block: pays in long runs only
     graph: bool = True  # on one GPU: replay the step as a CUDA graph
@@ -542,9 +540,7 @@ class WindowOrder:
         self.fixed = windows(torch.arange(tokens), context)[0]
         self.ring = torch.arange(tokens // context) * context
         self.shifted_passes = math.inf if kind == "shifted" else 0
-        self.count = len(
-            self.ring if kind == "shifted" else self.fixed
-        )  # windows in the first pass
+        self.count = len(self.ring if kind == "shifted" else self.fixed)  # in the first pass
         self._passes: dict[int, Tensor] = {}
 
     def _pass(self, number: int) -> Tensor:

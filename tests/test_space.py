@@ -35,7 +35,7 @@ if __name__ == "__main__":
 from tiny_play import tiny_checkpoint  # noqa: E402
 
 from shakespeare_gpt import export  # noqa: E402
-from shakespeare_gpt.data import Text  # noqa: E402
+from shakespeare_gpt.data import TINY_SHAKESPEARE_SHA256, Text, load_text  # noqa: E402
 from shakespeare_gpt.tokenizer import encode  # noqa: E402
 
 # ---------------------------------------------------------------------------- a server and a browser
@@ -429,6 +429,14 @@ def test_stop_ends_the_text_of_its_own_tab(app):
         updates.close()
     app._stopper("write")(visitor)  # nothing runs any more
     assert not app.running
+
+
+def test_titles_go_by_the_text_not_by_the_name_of_its_file(app, play):
+    """Tiny Shakespeare is often saved as input.txt, and so is anybody's own text."""
+    assert app.TITLES[load_text("input").sha256] == "The Warden of Skerrow"
+    assert app.TITLES[TINY_SHAKESPEARE_SHA256] == "Tiny Shakespeare"
+    other = app.Play(play.model, play.text, {"text_name": "input"}, "")
+    assert other.title == "input"
 
 
 @pytest.mark.parametrize(
