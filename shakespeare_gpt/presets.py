@@ -84,7 +84,7 @@ PRESETS = {
         ),
         Preset(
             name="anywhere",
-            about="as gpt2, but cut into other windows at every pass, to recite from any place",
+            about="as gpt2, but in other windows at each pass but the last two: recites from any place",
             model=GPTConfig(),
             train=TrainConfig(
                 batch_size=16,

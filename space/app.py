@@ -34,7 +34,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from shakespeare_gpt.checkpoint import CheckpointError, load_model  # noqa: E402
-from shakespeare_gpt.data import Text, TextError, load_text  # noqa: E402
+from shakespeare_gpt.data import TINY_SHAKESPEARE_SHA256, Text, TextError, load_text  # noqa: E402
 from shakespeare_gpt.generate import (  # noqa: E402
     Draft,
     GenerationStats,
@@ -56,7 +56,7 @@ EVERY = 0.05  # seconds between two looks at a growing text
 # By the text's SHA-256: many files are called input.txt.
 TITLES = {
     "0eacf58f0f9b1673cb26382a718ac11d928bbe810d4528e899bd7f80a1f17aa6": "The Warden of Skerrow",
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed": "Tiny Shakespeare",
+    TINY_SHAKESPEARE_SHA256: "Tiny Shakespeare",
 }
 SPEECH = re.compile(r"(?:\A\s*|\n[ \t]*\n)([^\n:]{1,60}):[ \t]*\n([^\n]*\w[^\n]*)")
 
