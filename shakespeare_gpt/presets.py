@@ -79,7 +79,7 @@ PRESETS = {
             name="gpt2",
             about="GPT-2 small, 124M parameters, learns Tiny Shakespeare",
             model=GPTConfig(),
-            train=TrainConfig(batch_size=8, passes=6, muon_lr=0.01, adam_lr=4e-3),
+            train=TrainConfig(batch_size=16, passes=6.5, muon_lr=0.014, adam_lr=6e-3),
             text="tinyshakespeare",
         ),
         Preset(

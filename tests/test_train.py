@@ -109,7 +109,8 @@ def test_smoke_learns_the_first_lines_by_heart(smoke):
     folder, preset, text, steps = smoke
     model, meta = load_model(folder / checkpoint_path(preset, text))
     assert evaluate(model, text.ids) < TARGET
-    assert evaluate(model, text.ids) == pytest.approx(meta["loss"], abs=1e-5)
+    # The run measures in its own precision, bf16 on some processors.
+    assert evaluate(model, text.ids) == pytest.approx(meta["loss"], rel=0.02)
     assert steps[-1].done and steps[-1].progress == 1.0
     assert not any(step.done for step in steps[:-1])
     assert meta["preset"] == "smoke" and meta["text_sha256"] == text.sha256
@@ -315,14 +316,42 @@ EASY = torch.cat((torch.full((81,), 5), IDS[:160]))  # its first windows are lea
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_stops_on_the_whole_text_only(precision):
-    """One batch under the target is luck; the claim is the mean over every token, in full precision."""
+    """One batch under the target is luck; the claim is the mean over every token."""
     config = changed(batch_size=1, min_steps=150, precision=precision)
     model, step = run(config, EASY)
     assert step.done and step.text_loss < TARGET
-    assert evaluate(model, EASY) == step.text_loss
+    assert evaluate(model, EASY) == pytest.approx(
+        step.text_loss, rel=1e-9 if precision == "fp32" else 0.02
+    )
     assert step.history.first_batch < step.step
     assert all(value >= TARGET for _, value in step.history.text[:-1])
     assert step.message == f"Target loss 0.099999 reached at step {step.step}"
+
+
+@pytest.mark.parametrize(
+    "in_bf16, in_fp32, reported, asked",
+    [
+        (0.5, None, 0.5, ["bf16"]),
+        (0.05, None, 0.05, ["bf16"]),
+        (0.0999, 0.1001, 0.1001, ["bf16", "fp32"]),
+        (0.1001, 0.0999, 0.0999, ["bf16", "fp32"]),
+    ],
+)
+def test_full_precision_decides_near_the_target(monkeypatch, in_bf16, in_fp32, reported, asked):
+    """The training's precision is off by a thousandth: no run ends, or goes on, because of it."""
+    measured, values = [], {"bf16": in_bf16, "fp32": in_fp32}
+
+    def measure(model, ids, *, precision, share):
+        measured.append(precision)
+        return values[precision]
+
+    monkeypatch.setattr(module, "evaluate", measure)
+    config = changed(passes=1, min_steps=1, precision="bf16")
+    steps = train(new_model(), IDS, config, device="cpu")
+    with closing(steps):
+        step = next(step for step in steps if step.text_loss is not None)
+    assert (step.text_loss, measured) == (reported, asked)
+    assert step.done == (reported < TARGET)
 
 
 def test_trains_without_glibc(monkeypatch):
