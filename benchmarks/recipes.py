@@ -3,9 +3,9 @@
     python -m benchmarks.recipes --workers 3
 
 Each entry of a JSON file, by default those of the runs in ``logs/recipes``, names a run and the settings in
-which it differs from the preset. A run always goes
-to the end of its schedule, so that all runs of one length saw the same number of tokens; the table says what
-the whole text's mean was there. Runs share the device, so their seconds are no benchmark.
+which it differs from ``BEGAN``, those with which the search of ``gpt2``'s began. A run always goes to the end
+of its schedule, so that all runs of one length saw the same number of tokens; the table says what the whole
+text's mean was there. Runs share the device, so their seconds are no benchmark.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from shakespeare_gpt.presets import get_preset
 from shakespeare_gpt.recite import exact_recall
 from shakespeare_gpt.train import TARGET, TrainingError, commit, device_name, evaluate, train
 
+BEGAN = {"batch_size": 8, "passes": 8, "muon_lr": 0.02, "adam_lr": 2e-3}
+
 
 def run(
     name: str, expected: str, changes: dict, preset_name: str, text_source: str | None, folder: Path
@@ -32,7 +34,7 @@ def run(
     preset = get_preset(preset_name)
     text = preset.load_text(text_source)
     never = {"target": 1e-9, "stop_on": "text"}  # no early stop: to the end of the schedule
-    config = dataclasses.replace(preset.train, **{**never, **changes})
+    config = dataclasses.replace(preset.train, **{**BEGAN, **never, **changes})
     config = dataclasses.replace(config, max_passes=config.passes, min_steps=1)
     model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
     row = {"run": name, "expected": expected, "changes": changes}
@@ -92,7 +94,7 @@ def _worker(jobs, results, options):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--preset", default="gpt2")
+    parser.add_argument("--preset", default="gpt2", help="whose model and text (default: gpt2)")
     parser.add_argument("--text", help="another text")
     parser.add_argument("--runs", type=Path, default=Path("logs/recipes/rows.json"))
     parser.add_argument("--out", type=Path, default=Path("build/recipes"))

@@ -613,8 +613,17 @@ p.places.none { font-size: 14px; color: var(--faded); margin: 12px 2px 0; }
 .about dd { margin: 0 0 8px; color: var(--ink); overflow-wrap: anywhere; }
 .about { border: 1px solid var(--rule); border-radius: 4px; padding: 14px 18px; background: var(--sheet); }
 .gradio-container .block:has(> .html-container), .gradio-container .html-container { padding: 0 !important; }
-#note:not(:has(.notice)), #recital-note:not(:has(.notice)), #figures:not(:has(.figures)),
-#recital-figures:not(:has(.figures)) { display: none; }
+#note:not(:has(.notice)):not(:has(.progress-text)), #recital-note:not(:has(.notice)):not(:has(.progress-text)),
+#figures:not(:has(.figures)), #recital-figures:not(:has(.figures)) { display: none; }
+/* Whoever waits sees the place in the queue, in the corner of the page; who need not wait sees no flicker.
+   (Gradio cuts selectors at every comma, so none stands within brackets.) */
+#note:not(:has(.notice)):has(.progress-text), #recital-note:not(:has(.notice)):has(.progress-text)
+{ height: 0; margin-bottom: calc(-1 * var(--layout-gap)); }
+#note:has(.progress-text), #recital-note:has(.progress-text), #note > .wrap, #recital-note > .wrap
+{ overflow: visible !important; z-index: 2; }
+#note .progress-text, #recital-note .progress-text { position: absolute; top: -10px; right: 14px;
+  font-family: var(--font); font-size: 13px; color: var(--faded); animation: arrive .1s .6s both; }
+@keyframes arrive { from { visibility: hidden; } to { visibility: visible; } }
 .dark input[type=range] { --neutral-200: #4a423a; }
 .dark button[role=tab][aria-selected=true] { color: var(--accent) !important; }
 .dark button[role=tab][aria-selected=true]::after { background: var(--accent) !important; }
@@ -830,7 +839,8 @@ def _writing(play: Play) -> None:
         on_write,
         [prompt, length, temperature, top_k, top_p, seed],
         [page, numbers, note, halt],
-        show_progress="hidden",
+        show_progress="minimal",
+        show_progress_on=note,
         api_visibility="private",
         trigger_mode="once",
         **MODEL,
@@ -887,7 +897,12 @@ def _reciting(play: Play) -> None:
         yield from on_recite(random.SystemRandom().choice(speeches)[1], tokens, request)
 
     outputs = [page, numbers, note, halt]
-    options = {"show_progress": "hidden", "api_visibility": "private", **MODEL}
+    options = {
+        "show_progress": "minimal",
+        "show_progress_on": note,
+        "api_visibility": "private",
+        **MODEL,
+    }
     go.click(on_recite, [line, tokens], outputs, **options)
     surprise.click(on_surprise, [tokens], outputs, **options)
     halt.click(

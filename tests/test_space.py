@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -706,6 +707,46 @@ def test_in_a_browser(address):
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
         assert "dark" in driver.execute_script("return document.body.className")
         open_tab(driver, "How well")
+
+
+@needs_browser
+def test_whoever_waits_sees_the_queue(app, monkeypatch):
+    """With all places taken, a click shows how many stand before it; then the text comes, and the note goes."""
+    from gradio_client import Client
+
+    free, held, answers = threading.Event(), [], app.continue_prompt
+
+    def late(*arguments, **options):
+        held.append(arguments)
+        free.wait(60)
+        yield from answers(*arguments, **options)
+
+    monkeypatch.setattr(app, "continue_prompt", late)
+    demo = app.build()
+    demo.launch(prevent_thread_lock=True, quiet=True, server_port=free_port(), **app.LOOK)
+    client = Client(demo.local_url, verbose=False)
+    try:
+        jobs = [client.submit("Ennor:", 3, api_name="/generate") for _ in range(app.AT_ONCE)]
+        with browser() as driver:
+            open_page(driver, demo.local_url)
+            wait_for(driver, lambda d: len(held) == app.AT_ONCE, "that all places are taken")
+            click(driver, "#generate")
+            wait_for(driver, lambda d: "queue: 1/1" in text_of(d, "#note"), "the queue")
+            free.set()
+            wait_for(driver, lambda d: "tokens" in text_of(d, "#figures"), "the text")
+            wait_for(driver, lambda d: not text_of(d, "#note"), "that the note is gone")
+        assert all(job.result(60)["done"] for job in jobs)
+    finally:
+        free.set()
+        client.close()
+        demo.close(verbose=False)
+
+
+def test_no_comma_in_the_brackets_of_a_selector(app):
+    """Gradio cuts selectors at every comma, those within :not(...) and :has(...) too."""
+    css = re.sub(r"/[*].*?[*]/", "", app.CSS, flags=re.DOTALL)
+    selectors = re.findall(r"[^{}]+(?=[{])", css)
+    assert not [s for s in selectors if not s.strip().startswith("@") and re.search(r"[(][^()]*,", s)]
 
 
 if __name__ == "__main__":
