@@ -721,6 +721,12 @@ def test_whoever_waits_sees_the_queue(app, monkeypatch):
         free.wait(60)
         yield from answers(*arguments, **options)
 
+    def waiting(driver):
+        return driver.execute_script(
+            "const e = document.querySelector('#note .progress-text');"
+            "return e && e.checkVisibility({visibilityProperty: true, opacityProperty: true}) ? e.innerText : ''"
+        )
+
     monkeypatch.setattr(app, "continue_prompt", late)
     demo = app.build()
     demo.launch(prevent_thread_lock=True, quiet=True, server_port=free_port(), **app.LOOK)
@@ -728,13 +734,13 @@ def test_whoever_waits_sees_the_queue(app, monkeypatch):
     try:
         jobs = [client.submit("Ennor:", 3, api_name="/generate") for _ in range(app.AT_ONCE)]
         with browser() as driver:
-            open_page(driver, demo.local_url)
+            open_page(driver, demo.local_url.rstrip("/"))
             wait_for(driver, lambda d: len(held) == app.AT_ONCE, "that all places are taken")
             click(driver, "#generate")
-            wait_for(driver, lambda d: "queue: 1/1" in text_of(d, "#note"), "the queue")
+            wait_for(driver, lambda d: "queue: 1/1" in waiting(d), "the queue")
             free.set()
             wait_for(driver, lambda d: "tokens" in text_of(d, "#figures"), "the text")
-            wait_for(driver, lambda d: not text_of(d, "#note"), "that the note is gone")
+            wait_for(driver, lambda d: not waiting(d), "that the note is gone")
         assert all(job.result(60)["done"] for job in jobs)
     finally:
         free.set()
@@ -746,7 +752,9 @@ def test_no_comma_in_the_brackets_of_a_selector(app):
     """Gradio cuts selectors at every comma, those within :not(...) and :has(...) too."""
     css = re.sub(r"/[*].*?[*]/", "", app.CSS, flags=re.DOTALL)
     selectors = re.findall(r"[^{}]+(?=[{])", css)
-    assert not [s for s in selectors if not s.strip().startswith("@") and re.search(r"[(][^()]*,", s)]
+    assert not [
+        s for s in selectors if not s.strip().startswith("@") and re.search(r"[(][^()]*,", s)
+    ]
 
 
 if __name__ == "__main__":
