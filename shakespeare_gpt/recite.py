@@ -3,12 +3,16 @@
 Carlini et al. (2023) call a passage memorised if the model, given what stands before it, continues it word
 for word with greedy decoding. ``exact_recall`` asks that at many places; ``Source`` asks the reverse question,
 which words of a generated text stand in the learnt one, and where.
+
+From a shell, what a set of weights knows, measured anew: ``python -m shakespeare_gpt.recite --help``.
 """
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -364,3 +368,75 @@ def _offsets(ids: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray]:
     begun = np.concatenate([[0], np.cumsum((raw & 0xC0) != 0x80)])
     inside = np.append((raw & 0xC0) == 0x80, False)[edges]
     return begun[edges], begun[edges] - inside
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: measure what weights know; returns 0 if the whole text is under the target, else 1."""
+    from shakespeare_gpt.checkpoint import CheckpointError, latest_checkpoint, load_model
+    from shakespeare_gpt.export import learnt_text
+    from shakespeare_gpt.train import TARGET, default_device, device_name
+
+    parser = argparse.ArgumentParser(
+        prog="python -m shakespeare_gpt.recite",
+        description="Measure, in full precision, how well weights know their text by heart: the mean loss over "
+        "every token, and how much is recited word for word. Nothing is taken over from what the file says.",
+        epilog="The exit status is 0 if the whole text is under the target, 1 if not.",
+    )
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help=".pt or .safetensors (default: the newest in checkpoints/)",
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="the text that they learnt, if it is your own"
+    )
+    parser.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    options = parser.parse_args(arguments)
+    try:
+        weights = options.weights or latest_checkpoint()
+        if weights is None:
+            raise CheckpointError(
+                "There is no checkpoint in checkpoints/: train first (python -m shakespeare_gpt.train), or "
+                "name weights with --weights."
+            )
+        device = torch.device(options.device or default_device())
+        model, meta = load_model(weights, device)
+        text = learnt_text(meta, options.text)
+        ids, context = text.ids, model.config.n_positions
+        print(
+            f"{weights}: {model.num_parameters():,} parameters, {text.name}, {len(ids):,} tokens, "
+            f"on {device_name(device)}",
+            flush=True,
+        )
+        scores = score(model, ids)
+        known = scores.loss < TARGET
+        print(
+            f"whole text: {scores.loss:.4f} nats per token, {'' if known else 'not '}under {TARGET}; "
+            f"{scores.accuracy:.2%} are the first guess",
+            flush=True,
+        )
+        given, asked = (32, 50) if context >= 128 else (8, 16)
+        asked = min(asked, len(ids) - given)
+        if asked > 0:
+            starts = torch.arange(0, len(ids) - given - asked + 1, context)
+            starts = starts[torch.linspace(0, len(starts) - 1, min(200, len(starts))).long()]
+            for where, chosen in (("window starts", starts), ("anywhere", None)):
+                recall = exact_recall(
+                    model, ids, prompt_tokens=given, continuation=asked, starts=chosen
+                )
+                print(f"from {where}: {recall}", flush=True)
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        # Our own errors are among these, and what torch raises for a device that is not there or is full.
+        print(f"error: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
+    return 0 if known else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

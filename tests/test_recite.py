@@ -6,9 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_play import tiny_checkpoint
 from torch.nn import functional as F
 
+from shakespeare_gpt import recite
+from shakespeare_gpt.checkpoint import load_model
 from shakespeare_gpt.data import Text
+from shakespeare_gpt.export import export_safetensors
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.recite import (
     Recall,
@@ -328,3 +332,60 @@ def test_marking_a_growing_text_is_quick_and_consistent():
     assert min(seconds) < 0.25, "about 10 ms on an idle machine"
     half = source.spans(generated[: spans[30].end])
     assert half[:-1] == spans[: len(half) - 1]
+
+
+# --- the command line
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(checkpoint, the file of its text, the text)"""
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def test_command_line_measures_what_is_known(tiny, monkeypatch, capsys):
+    """The numbers are those of the functions, and a status of 0 means: under the target."""
+    checkpoint, source, text = tiny
+    monkeypatch.setattr("shakespeare_gpt.train.TARGET", 2.0)  # from window starts it knows little
+    options = ["--weights", str(checkpoint), "--text", str(source), "--device", "cpu"]
+    assert recite.main(options) == 0
+    said = capsys.readouterr().out
+    model, _ = load_model(checkpoint)
+    scores = score(model, text.ids)
+    assert f"whole text: {scores.loss:.4f} nats per token, under 2.0;" in said
+    assert f"{scores.accuracy:.2%} are the first guess" in said
+    anywhere = exact_recall(model, text.ids, prompt_tokens=8, continuation=16)
+    assert f"from anywhere: {anywhere}" in said
+    places = (len(text.ids) - 8 - 16) // 64 + 1
+    assert f"from window starts: Exact recall at {places} places after 8 tokens" in said
+
+
+def test_command_line_believes_the_weights_not_their_metadata(tiny, tmp_path, capsys):
+    """A file that calls itself learnt by heart and is not must be found out, by the status too."""
+    checkpoint, source, _ = tiny
+    model, meta = load_model(checkpoint)
+    path = export_safetensors(model, tmp_path / "boasting.safetensors", {**meta, "loss": 0.01})
+    assert recite.main(["--weights", str(path), "--text", str(source)]) == 1
+    assert "not under 0.099999" in capsys.readouterr().out
+
+
+def test_command_line_says_what_is_wrong(tiny, tmp_path, monkeypatch, capsys):
+    """One line, for no weights, broken ones, another text and a device that is not there."""
+    checkpoint, source, _ = tiny
+    monkeypatch.chdir(tmp_path)
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"no checkpoint")
+    other = tmp_path / "other.txt"
+    other.write_text(PLAY * 3, encoding="utf-8")
+    known = ["--weights", str(checkpoint)]
+    for options, expected in (
+        ([], "train first"),
+        (["--weights", str(broken)], "not a readable checkpoint"),
+        ([*known, "--text", str(other)], "learnt another text"),
+        ([*known], "name its file with --text"),
+        ([*known, "--text", str(source), "--device", "nowhere"], "nowhere"),
+    ):
+        assert recite.main(options) == 1
+        said = capsys.readouterr()
+        assert said.out == "" and said.err.startswith("error: ")
+        assert expected in said.err and len(said.err.splitlines()) == 1
