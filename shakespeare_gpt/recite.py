@@ -207,6 +207,11 @@ class Span:
     speaker: str  # who speaks there; "" before the first name
     line: int  # from 1, of the first character that is not white space
 
+    @property
+    def place(self) -> str:
+        """Where it stands: "HAMLET, line 1,234"."""
+        return f"{self.speaker}, line {self.line:,}" if self.speaker else f"line {self.line:,}"
+
 
 class Source:
     """Finds what a generated text quotes from a learnt one: runs of at least ``min_tokens`` tokens.
@@ -331,6 +336,13 @@ class Source:
 
 
 EDGE = 40  # characters: how far beyond its tokens a span may reach, a word or two
+
+
+def quoted_share(source: Source, generated: str) -> float:
+    """The share of a text's characters, white space apart, that is quoted; 0 for an empty one."""
+    total = len("".join(generated.split()))
+    quoted = [generated[span.start : span.end] for span in source.spans(generated)]
+    return sum(len("".join(piece.split())) for piece in quoted) / total if total else 0.0
 
 
 def _may_begin(generated: str, text: str, at: int, shift: int) -> bool:

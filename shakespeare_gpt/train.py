@@ -738,7 +738,8 @@ def device_name(device: torch.device) -> str:
                 break
     except OSError:
         pass
-    return f"{name}, {torch.get_num_threads()} threads"
+    count = torch.get_num_threads()
+    return f"{name}, {count} thread{'s' * (count != 1)}"
 
 
 _measured: dict[str, tuple[str, str]] = {}

@@ -22,23 +22,11 @@ import matplotlib.pyplot as plt
 from shakespeare_gpt.data import Text
 from shakespeare_gpt.generate import Draft, GenerationStats, stream_text
 from shakespeare_gpt.model import GPT
-from shakespeare_gpt.recite import Source, Span
+from shakespeare_gpt.recite import Source, quoted_share
 
 MARK = "background:#f6e6b8;color:#2b2521;border-bottom:2px solid #c79a33;border-radius:2px"
 PAGE = "padding:6px 8px;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6;font-family:Georgia,serif;font-size:15px"
 EVERY = 0.1  # seconds between two looks at a growing text
-
-
-def place(span: Span) -> str:
-    """Where a quotation stands: "HAMLET, line 1,234"."""
-    return f"{span.speaker}, line {span.line:,}" if span.speaker else f"line {span.line:,}"
-
-
-def quoted_share(source: Source, generated: str) -> float:
-    """The share of a text's characters, white space apart, that is quoted; 0 for an empty one."""
-    total = len("".join(generated.split()))
-    quoted = [generated[span.start : span.end] for span in source.spans(generated)]
-    return sum(len("".join(piece.split())) for piece in quoted) / total if total else 0.0
 
 
 def quoted_html(source: Source, generated: str, prompt: str = "") -> str:
@@ -47,7 +35,7 @@ def quoted_html(source: Source, generated: str, prompt: str = "") -> str:
     for piece, span in source.segments(generated):
         shown = html.escape(piece)
         if span is not None:
-            where = html.escape(place(span))
+            where = html.escape(span.place)
             notes.append(f"<b>{len(notes) + 1}</b>&nbsp;{where}")
             words = piece.strip()  # the number belongs to the last word, not to the next line
             before, after = piece.split(words, 1) if words else (piece, "")
@@ -87,7 +75,7 @@ def quoted_figure(source: Source, generated: str, width: int = 62) -> plt.Figure
             ax.barh(row, cut[row][1] - cut[row][0], 0.94, cut[row][0], color=tints[i % len(tints)])
         free = max(free, inside[0])
         box = {"facecolor": tints[i % len(tints)], "linewidth": 0, "pad": 1.5}
-        ax.text(width + 3, free, textwrap.shorten(place(span), 34), bbox=box, **font)
+        ax.text(width + 3, free, textwrap.shorten(span.place, 34), bbox=box, **font)
         free += 1
     return fig
 

@@ -42,7 +42,7 @@ from shakespeare_gpt.generate import (  # noqa: E402
     generate,
     stream_text,
 )
-from shakespeare_gpt.recite import Source, first_difference  # noqa: E402
+from shakespeare_gpt.recite import Source, first_difference, quoted_share  # noqa: E402
 from shakespeare_gpt.tokenizer import VOCAB_SIZE, decode, token_bytes  # noqa: E402
 
 MAX_PROMPT = 2_000  # characters; the model sees at most its context of them anyway
@@ -335,17 +335,13 @@ def leaf(play: Play, answer: Answer) -> str:
         if span is None:
             body.append(inner)
         else:
-            where = f"{span.speaker}, line {span.line:,}" if span.speaker else f"line {span.line:,}"
+            where = esc(span.place)
             words = len(piece.split())
-            notes.append(
-                f"<li><b>{esc(where)}</b> <span>{words} word{'s' * (words != 1)}</span></li>"
-            )
+            notes.append(f"<li><b>{where}</b> <span>{words} word{'s' * (words != 1)}</span></li>")
             # The blanks around it are not underlined, and the number stays on its last line.
             head, tail = re.match(r"\s*", inner)[0], re.search(r"\s*\Z", inner)[0]
             core = inner[len(head) : len(inner) - len(tail)]
-            body.append(
-                f'{head}<mark title="{esc(where)}">{core}</mark><sup>{len(notes)}</sup>{tail}'
-            )
+            body.append(f'{head}<mark title="{where}">{core}</mark><sup>{len(notes)}</sup>{tail}')
         before = piece or before
     caret = "" if answer.done else '<span class="caret"></span>'
     prompt = _lines(answer.prompt, True)
@@ -357,13 +353,6 @@ def leaf(play: Play, answer: Answer) -> str:
     return (
         f'<div class="leaf"><span class="given">{prompt}</span>{"".join(body)}{caret}</div>{under}'
     )
-
-
-def quoted_share(play: Play, text: str) -> float:
-    """The share of a text's characters, without white space, that stand in quotations."""
-    total = len("".join(text.split()))
-    spans = play.source.spans(text)
-    return sum(len("".join(text[s.start : s.end].split())) for s in spans) / total if total else 0.0
 
 
 def figures(*pairs: tuple[str, str]) -> str:
@@ -381,7 +370,10 @@ def answer_figures(play: Play, answer: Answer) -> str:
         pairs.append((f"{stats.first_token_seconds:.2f} s", "to the first"))
     if stats.proposed:
         pairs.append((f"{stats.acceptance_rate:.0%}", "of guesses accepted"))
-    pairs += [(f"{quoted_share(play, answer.text):.0%}", "quoted"), (f"{answer.seed}", "seed")]
+    pairs += [
+        (f"{quoted_share(play.source, answer.text):.0%}", "quoted"),
+        (f"{answer.seed}", "seed"),
+    ]
     return figures(*pairs)
 
 
@@ -978,7 +970,7 @@ def describe_answer(play: Play, answer: Answer) -> dict[str, Any]:
         "tokens_per_second": round(stats.tokens_per_second, 1),
         "first_token_seconds": stats.first_token_seconds and round(stats.first_token_seconds, 3),
         "acceptance_rate": round(stats.acceptance_rate, 3),
-        "quoted": round(quoted_share(play, answer.text), 3),
+        "quoted": round(quoted_share(play.source, answer.text), 3),
         "quotations": [
             {"start": s.start, "end": s.end, "speaker": s.speaker, "line": s.line}
             for s in play.source.spans(answer.text)

@@ -1,5 +1,6 @@
 """The repository as a whole: one address, versions that agree, nothing that does not belong in it."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -137,6 +138,19 @@ def test_imports_are_required():
         assert not found, (path.name, found)
 
 
+def imported(node: ast.AST) -> set[str]:
+    """The modules that are imported as a file is: not those inside functions."""
+    names = set()
+    for part in ast.iter_child_nodes(node):
+        if isinstance(part, ast.Import):
+            names |= {alias.name for alias in part.names}
+        elif isinstance(part, ast.ImportFrom):
+            names.add(part.module)
+        elif not isinstance(part, ast.FunctionDef):
+            names |= imported(part)
+    return names
+
+
 def test_what_the_space_imports_is_required_there():
     """A Space installs its own short list: one import more, and no Space starts any longer."""
     names = {r.name.replace("-", "_").lower() for r in requirements("space/requirements.txt")}
@@ -145,8 +159,7 @@ def test_what_the_space_imports_is_required_there():
     while waiting:
         path = waiting.pop()
         seen.add(path.name)
-        pattern = r"^(?:    )?(?:import|from) +([A-Za-z_][\w.]*)"  # not those inside functions
-        for name in re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE):
+        for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
             package, _, module = name.partition(".")
             if package != "shakespeare_gpt":
                 assert package.lower() in names, (path.name, name)

@@ -378,7 +378,7 @@ def test_quotations_are_marked_with_their_place(app, play):
     page = app.leaf(play, result)
     assert "<mark" in page
     assert "First Fisher, line 2" in Page(page).text
-    assert app.quoted_share(play, result.text) > 0.9
+    assert app.quoted_share(play.source, result.text) > 0.9
     told = app.describe_answer(play, result)
     assert told["quotations"][0]["line"] == 2
     assert told["quotations"][0]["speaker"] == "First Fisher"
