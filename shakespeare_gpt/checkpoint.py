@@ -69,7 +69,8 @@ def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[
         raise CheckpointError(f"{path} could not be read ({reason}): try again.") from None
     except Exception as error:  # torch raises half a dozen types for what is not a checkpoint
         raise CheckpointError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}): delete it and train again."
+            f"{path} is not a readable checkpoint ({type(error).__name__}): name another file; if it is the "
+            "damaged checkpoint of a run, --restart starts that over."
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(

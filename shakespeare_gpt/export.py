@@ -507,7 +507,9 @@ def _parser() -> argparse.ArgumentParser:
         "(add --dry-run to see first what would go).",
     )
     parser.add_argument(
+        "--weights",
         "--checkpoint",
+        dest="checkpoint",
         metavar="FILE",
         help=".pt or .safetensors (default: the newest in checkpoints/)",
     )
@@ -561,7 +563,7 @@ def _run(args: argparse.Namespace) -> None:
     if checkpoint is None:
         raise ExportError(
             "There is no checkpoint in checkpoints/: train first (python -m shakespeare_gpt.train), or name "
-            "one with --checkpoint."
+            "weights with --weights."
         )
     if args.push:  # a wrong name is worth knowing before half a gigabyte is written
         check_name(args.push)

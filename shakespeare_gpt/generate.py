@@ -674,14 +674,21 @@ def main(arguments: list[str] | None = None) -> int:
         description="Let a trained model continue a prompt. What the weights are goes to standard error.",
         epilog="Example: python -m shakespeare_gpt.generate 'JULIET:\\n' --temperature 0",
     )
-    parser.add_argument("prompt", nargs="?", default="", help=r"\n in it is a line break")
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        default="",
+        help=r"\n in it is a line break; without one it begins a line",
+    )
     parser.add_argument(
         "--weights",
         metavar="FILE",
         help=".pt or .safetensors (default: the newest in checkpoints/)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the best token")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="(default: 200)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the best token (default: 0.8)"
+    )
     parser.add_argument("--top-k", type=int, default=0, help="keep the k best; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the best that reach p")
     parser.add_argument("--seed", type=int, default=0)

@@ -198,23 +198,25 @@ def token_loss_figure(losses, context: int) -> plt.Figure:
 def learning_gif(moments: list[tuple[int, str]], prompt: str, truth: str, name: str) -> None:
     """An animation of one prompt continued at several moments of a run, and its last frame as a still.
 
-    ``moments``: (step, continuation). What agrees with ``truth`` from the beginning on is green. Written to
+    ``moments``: (step, continuation). What agrees with ``truth`` from the beginning on is green. A frame has
+    room for two lines more than ``truth``; what still does not fit is counted, not shown. Written to
     ``NAME.gif`` and ``.png`` in ``figures_folder``.
     """
     frames = []
+    rows = (prompt + truth).count("\n") + 3
+    height = 0.9 + 0.3 * rows  # inches
     for step, said in moments:
         right = len(os.path.commonprefix([said, truth]))
-        fig = plt.figure(figsize=(8, 4.2), dpi=100, layout="none")
-        fig.text(
-            0.04, 0.92, f"step {step:,}", fontsize=15, color=GREY, va="top", family="monospace"
-        )
-        fig.text(
-            0.96, 0.92, f"{right} characters right", fontsize=11, color=GREY, va="top", ha="right"
-        )
-        lines = (prompt + said).split("\n")[:11]
+        fig = plt.figure(figsize=(8, height), dpi=100, layout="none")
+        head = {"color": GREY, "va": "top"}
+        top = 1 - 0.3 / height
+        fig.text(0.04, top, f"step {step:,}", fontsize=15, family="monospace", **head)
+        score = f"{right} of {len(truth)} characters right"
+        fig.text(0.96, top, score, fontsize=11, ha="right", **head)
+        lines = (prompt + said).split("\n")
         at = 0
-        for i, line in enumerate(lines):
-            y, x = 0.80 - 0.07 * i, 0.04
+        for i, line in enumerate(lines[:rows]):
+            y, x = 1 - (0.8 + 0.3 * i) / height, 0.04
             for piece, colour in _coloured(line, at, len(prompt), len(prompt) + right):
                 shown = fig.text(
                     x, y, piece, fontsize=12, color=colour, va="top", family="monospace"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from shakespeare_gpt.checkpoint import CheckpointError
 from shakespeare_gpt.data import SOURCE_VARIABLE, Text, TextError, load_text
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.train import (
@@ -164,13 +165,16 @@ def start(
     """A preset's run on a text, as a generator of its steps: saved in the usual place, the log beside it.
 
     Goes on from the run's checkpoint where there is one, unless ``restart``. ``model``, random weights
-    otherwise, is trained in place; ``config``, ``checkpoint`` and ``log`` replace the preset's.
+    otherwise, is trained in place; ``config``, ``checkpoint`` and ``log`` replace the preset's. Raises
+    CheckpointError for a checkpoint that is not called ``*.pt``.
     """
     config = config or preset.train
     device = torch.device(device) if device is not None else default_device()
     model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
     meta = {"preset": preset.name, "text_name": text.name, "text_sha256": text.sha256}
     checkpoint = Path(checkpoint or checkpoint_path(preset, text))
+    if checkpoint.suffix != ".pt":  # with ``restart`` a text of that name would be overwritten
+        raise CheckpointError(f"{checkpoint} is no name for a checkpoint: let it end in .pt.")
     steps = train(
         model,
         text.ids,

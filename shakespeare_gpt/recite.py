@@ -386,7 +386,10 @@ def _offsets(ids: np.ndarray, text: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line: measure what weights know; returns 0 if the whole text is under the target, else 1."""
+    """The command line: measure what weights know; returns 0 if the whole text is under the target, 1 if not.
+
+    2 for what cannot be measured.
+    """
     from shakespeare_gpt.checkpoint import CheckpointError, latest_checkpoint, load_model
     from shakespeare_gpt.export import learnt_text
     from shakespeare_gpt.train import TARGET, default_device, device_name
@@ -395,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m shakespeare_gpt.recite",
         description="Measure, in full precision, how well weights know their text by heart: the mean loss over "
         "every token, and how much is recited word for word. Nothing is taken over from what the file says.",
-        epilog="The exit status is 0 if the whole text is under the target, 1 if not.",
+        epilog="The exit status is 0 if the whole text is under the target, 1 if not, 2 if it cannot be measured.",
     )
     parser.add_argument(
         "--weights",
@@ -414,7 +417,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "There is no checkpoint in checkpoints/: train first (python -m shakespeare_gpt.train), or "
                 "name weights with --weights."
             )
-        device = torch.device(options.device or default_device())
+        device = default_device(options.device)
         model, meta = load_model(weights, device)
         text = learnt_text(meta, options.text)
         ids, context = text.ids, model.config.n_positions
@@ -443,7 +446,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         # Our own errors are among these, and what torch raises for a device that is not there or is full.
         print(f"error: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
-        return 1
+        return 2
     except KeyboardInterrupt:
         print()
         return 130

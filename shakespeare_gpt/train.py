@@ -484,14 +484,19 @@ class _Run:
         if self.checkpoint is None or not self.checkpoint.exists():
             return None
         state = load_checkpoint(self.checkpoint)
-        saved, own = state.get("identity") or {}, self.identity()
+        remedy = "start over (--restart), or save elsewhere (--checkpoint)."
+        if "identity" not in state:
+            raise CheckpointError(f"{self.checkpoint} holds no run to go on with: {remedy}")
+        saved, own = state["identity"], self.identity()
         # A setting that is younger than the checkpoint had what is now its default.
         defaults = {k: v for k, v in asdict(TrainConfig()).items() if k in own["train"]}
-        saved = {**saved, "train": {**defaults, **saved.get("train", {})}}
-        if saved != own or state["config"] != asdict(self.model.config):
+        saved = {**saved, "train": {**defaults, **saved["train"]}}
+        there = {**saved["train"], **state["config"]}
+        here = {**own["train"], **asdict(self.model.config)}
+        if saved != own or there != here:
+            other = [f"{k} {v}, not {here.get(k)}" for k, v in there.items() if here.get(k) != v]
             raise CheckpointError(
-                f"{self.checkpoint} belongs to a run with other settings or another text: "
-                "delete it to start over (--restart), or save elsewhere (--checkpoint)."
+                f"{self.checkpoint} belongs to a run with {'; '.join(other) or 'another text'}: {remedy}"
             )
         self.model.load_state_dict(state["model"])
         self.history = History(**state["history"])
@@ -719,11 +724,19 @@ def evaluate(
 # --- devices ----------------------------------------------------------------------------------------
 
 
-def default_device() -> torch.device:
-    """A CUDA GPU where there is one (this process's own under torchrun), else the CPU."""
-    if torch.cuda.is_available():
+def default_device(name: str | None = None) -> torch.device:
+    """The device called ``name``; without one a CUDA GPU where there is one, else the CPU.
+
+    "cuda" is this process's own GPU under torchrun. Raises ValueError for a device that is not there.
+    """
+    if name in (None, "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    try:
+        device = torch.device(name or "cpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"There is no device {name!r} here: leave --device out.") from None
+    return device
 
 
 def device_name(device: torch.device) -> str:
@@ -1053,9 +1066,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = preset.load_text(options.text)
         path = Path(options.checkpoint) if options.checkpoint else checkpoint_path(preset, text)
         earlier = _written(path)
-        device = torch.device(options.device or default_device())
-        if device == torch.device("cuda"):
-            device = default_device()  # under torchrun each process has a GPU of its own
+        device = default_device(options.device)
         model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
         say(
             f"{preset.name}: {model.num_parameters():,} parameters learn {text.name}, {len(text.ids):,} tokens"

@@ -385,7 +385,7 @@ def test_command_line_says_what_is_wrong(tiny, tmp_path, monkeypatch, capsys):
         ([*known], "name its file with --text"),
         ([*known, "--text", str(source), "--device", "nowhere"], "nowhere"),
     ):
-        assert recite.main(options) == 1
+        assert recite.main(options) == 2
         said = capsys.readouterr()
         assert said.out == "" and said.err.startswith("error: ")
         assert expected in said.err and len(said.err.splitlines()) == 1

@@ -266,6 +266,14 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, what):
     with pytest.raises(CheckpointError) as error:
         run(config, ids, model=model, checkpoint=path)
     assert "--restart" in one_line(error) and path.read_bytes() == before
+    named = {
+        "seed": "seed 0, not 1",
+        "text": "another text",
+        "size": "n_layer 2, not 1",
+        "rate": "muon_lr 0.02, not 0.03",
+        "foreign": "holds no run",
+    }
+    assert named[what] in one_line(error)
 
 
 def test_a_setting_younger_than_the_checkpoint(tmp_path, whole):
@@ -593,6 +601,12 @@ def test_a_restart_that_fails_keeps_the_old_weights(tmp_path, monkeypatch, capsy
         (["--preset", "smoke", "--text", "missing.txt"], "missing.txt does not exist"),
         (["--preset", "smoke", "--batch-size", "0"], "batch_size"),
         (["--preset", "smoke", "--windows", "open"], "windows"),
+        (["--preset", "smoke", "--device", "nowhere"], "no device 'nowhere'"),
+        pytest.param(
+            ["--preset", "smoke", "--device", "cuda"],
+            "no device 'cuda'",  # and not the CPU in its place
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys, arguments, word):
@@ -602,6 +616,20 @@ def test_command_line_errors_are_one_line(tmp_path, monkeypatch, capsys, argumen
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("error: ") and word in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_is_not_overwritten_by_weights(tmp_path, monkeypatch, capsys):
+    """Whoever names the text where the checkpoint belongs would lose it to --restart."""
+    monkeypatch.chdir(tmp_path)
+    words = tmp_path / "words.txt"
+    words.write_text("So long, my words, so long. " * 40, encoding="utf-8")
+    before = words.read_bytes()
+    command = ["--preset", "smoke", "--text", "words.txt", "--checkpoint", "words.txt"]
+    for restart in ([], ["--restart"]):
+        assert module.main(command + restart) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "end in .pt" in error
+    assert list(tmp_path.iterdir()) == [words] and words.read_bytes() == before
 
 
 def test_interrupted_before_anything_was_trained(tmp_path, monkeypatch, capsys):
