@@ -221,7 +221,7 @@ def test_front_matter():
     assert len(fields["short_description"]) <= 60
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert f"gradio=={fields['sdk_version']}\n" in pins
-    assert {"title", "emoji", "colorFrom", "colorTo", "license", "python_version"} <= set(fields)
+    assert {"title", "emoji", "colorFrom", "colorTo", "python_version"} <= set(fields)
 
 
 def test_nobodys_files_are_mixed_up(tiny, tmp_path):
