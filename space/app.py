@@ -925,6 +925,8 @@ def _endpoints(play: Play | None, trouble: str) -> None:
     ) -> dict:
         """Continue a prompt. Each value holds the text so far, the last one all of it.
 
+        A number outside its range (see the sliders of the page) counts as the nearest one inside.
+
         Keys: text, seed, done, tokens, tokens_per_second, first_token_seconds, acceptance_rate, quoted (a share), and
         quotations: start and end in the text, speaker and line where that stands in what the model learnt.
         """
@@ -937,6 +939,8 @@ def _endpoints(play: Play | None, trouble: str) -> None:
 
     def api_recite(line: int = 1, tokens: int = 80) -> dict:
         """Recite what follows a line of the text, greedily, and compare. The last value is complete.
+
+        A line or a length that there is not counts as the nearest that there is; "line" says which.
 
         Keys: line, given, original, recited, matching, of, first_difference (a token's index or null), done,
         tokens_per_second.
