@@ -152,6 +152,17 @@ def safetensors_header(config: GPTConfig, meta: dict[str, Any]) -> dict[str, str
     return {"format": "pt", "config": json.dumps(asdict(config)), "meta": json.dumps(meta)}
 
 
+def chosen_weights(path: str | os.PathLike | None = None) -> Path:
+    """``path``, or else the newest checkpoint in ``checkpoints``. Raises CheckpointError where there is none."""
+    path = path or latest_checkpoint()
+    if path is None:
+        raise CheckpointError(
+            "There is no checkpoint in checkpoints/: train first (python -m shakespeare_gpt.train), or name "
+            "weights with --weights."
+        )
+    return Path(path)
+
+
 def latest_checkpoint(
     folder: str | os.PathLike = "checkpoints", pattern: str = "*.pt"
 ) -> Path | None:

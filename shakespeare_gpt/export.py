@@ -25,7 +25,7 @@ import torch
 
 from shakespeare_gpt.checkpoint import (
     CheckpointError,
-    latest_checkpoint,
+    chosen_weights,
     load_model,
     safetensors_header,
     to_openai,
@@ -559,12 +559,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    checkpoint = args.checkpoint or latest_checkpoint()
-    if checkpoint is None:
-        raise ExportError(
-            "There is no checkpoint in checkpoints/: train first (python -m shakespeare_gpt.train), or name "
-            "weights with --weights."
-        )
+    checkpoint = chosen_weights(args.checkpoint)
     if args.push:  # a wrong name is worth knowing before half a gigabyte is written
         check_name(args.push)
     if args.safetensors or args.transformers:

@@ -667,7 +667,7 @@ def _step_seconds(model: GPT, steps: int = 3) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line: the prompt and what follows it, as it is written; returns the exit status."""
-    from shakespeare_gpt.checkpoint import CheckpointError, latest_checkpoint, load_model
+    from shakespeare_gpt.checkpoint import CheckpointError, chosen_weights, load_model
 
     parser = argparse.ArgumentParser(
         prog="python -m shakespeare_gpt.generate",
@@ -696,12 +696,7 @@ def main(arguments: list[str] | None = None) -> int:
     knobs = {k: v for k, v in vars(options).items() if k not in ("prompt", "weights")}
     prompt = options.prompt.replace("\\n", "\n")
     try:
-        weights = options.weights or latest_checkpoint()
-        if weights is None:
-            raise CheckpointError(
-                "There is no checkpoint in checkpoints/: train first (python -m shakespeare_gpt.train), or "
-                "name weights with --weights."
-            )
+        weights = chosen_weights(options.weights)
         model, meta = load_model(weights)
         about = {k: meta[k] for k in ("preset", "text_name", "steps", "loss") if k in meta} | knobs
         print("#", " ".join(f"{k}={v}" for k, v in about.items()), file=sys.stderr, flush=True)

@@ -390,7 +390,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     2 for what cannot be measured.
     """
-    from shakespeare_gpt.checkpoint import CheckpointError, latest_checkpoint, load_model
+    from shakespeare_gpt.checkpoint import chosen_weights, load_model
     from shakespeare_gpt.export import learnt_text
     from shakespeare_gpt.train import TARGET, default_device, device_name
 
@@ -411,12 +411,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
     options = parser.parse_args(arguments)
     try:
-        weights = options.weights or latest_checkpoint()
-        if weights is None:
-            raise CheckpointError(
-                "There is no checkpoint in checkpoints/: train first (python -m shakespeare_gpt.train), or "
-                "name weights with --weights."
-            )
+        weights = chosen_weights(options.weights)
         device = default_device(options.device)
         model, meta = load_model(weights, device)
         text = learnt_text(meta, options.text)

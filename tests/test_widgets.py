@@ -7,6 +7,7 @@ from html import unescape
 import pytest
 import torch
 
+from shakespeare_gpt import plots
 from shakespeare_gpt.data import Text
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.recite import Source
@@ -231,3 +232,14 @@ def test_the_share_that_is_quoted():
     half = "Who keeps that lamp tonight above our grey cold bay,"
     other = "q" * len(half.replace(" ", ""))
     assert quoted_share(source, f"{half}\n{other}") == pytest.approx(0.5)
+
+
+def test_the_animation_shows_where_it_goes_wrong(tmp_path, monkeypatch):
+    """Lines left out at the end once hid the only mistake: the picture was all green."""
+    monkeypatch.setenv("SHAKESPEARE_GPT_FIGURES", str(tmp_path))
+    truth = "".join(f"line {i}\n" for i in range(14))
+    stills = []
+    for name, said in (("right", truth), ("wrong", truth[:-3] + "x\n")):
+        plots.learning_gif([(1, "noise"), (2, said)], "So it began:\n", truth, name)
+        stills.append((tmp_path / f"{name}.png").read_bytes())
+    assert stills[0] != stills[1]
