@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import queue
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch.multiprocessing as mp
 
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import get_preset
-from shakespeare_gpt.recite import exact_recall
+from shakespeare_gpt.recite import exact_recall, window_starts
 from shakespeare_gpt.train import TARGET, TrainingError, commit, device_name, evaluate, train
 
 BEGAN = {"batch_size": 8, "passes": 8, "muon_lr": 0.02, "adam_lr": 2e-3}
@@ -71,7 +72,7 @@ def run(
         }
     for key, starts in (
         ("recall_any", None),
-        ("recall_window", range(0, len(text.ids) - 300, preset.model.n_positions * 6)),
+        ("recall_window", window_starts(len(text.ids), preset.model.n_positions, asked=82)),
     ):
         matched = exact_recall(model, text.ids, starts=starts).matched
         row[key] = [matched.float().median().item(), (matched >= 50).float().mean().item()]
@@ -131,7 +132,12 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|--:|--:|---|")
     rows, ended = [], 0
     while ended < args.workers:
-        row = results.get()
+        try:
+            row = results.get(timeout=10)
+        except queue.Empty:
+            if any(worker.is_alive() for worker in workers):
+                continue
+            break  # killed, without a last word
         if row is None:
             ended += 1
             continue

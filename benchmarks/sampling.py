@@ -16,11 +16,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from shakespeare_gpt.checkpoint import CheckpointError, load_model
+from shakespeare_gpt.checkpoint import CheckpointError, load_model, to_openai
 from shakespeare_gpt.data import TextError
 from shakespeare_gpt.export import ExportError, learnt_text
 from shakespeare_gpt.generate import (
@@ -33,22 +32,12 @@ from shakespeare_gpt.generate import (
     window_start,
 )
 from shakespeare_gpt.model import GPT, GPTConfig
-from shakespeare_gpt.recite import exact_recall, score
+from shakespeare_gpt.recite import exact_recall, score, window_starts
+from shakespeare_gpt.train import device_name
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 PROMPT_TOKENS = 32
 PASSAGES = 3  # are written in each turn
-
-
-def cpu_name() -> str:
-    """The processor's name, as the system knows it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def read_bandwidth(megabytes: int = 512, turns: int = 5) -> float:
@@ -80,7 +69,7 @@ class Row:
 
 
 def to_transformers(model: GPT, dtype: torch.dtype):
-    """The same model as transformers' GPT2LMHeadModel; its Conv1D layers hold the transpose."""
+    """The same model as transformers' GPT2LMHeadModel."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = model.config
@@ -96,12 +85,7 @@ def to_transformers(model: GPT, dtype: torch.dtype):
             pad_token_id=c.vocab_size - 1,
         )
     )
-    weights = {}
-    for name, p in model.state_dict().items():
-        linear = name.endswith("weight") and (".attn.c_" in name or ".mlp.c_" in name)
-        weights[f"transformer.{name}"] = p.T.contiguous() if linear else p
-    weights["lm_head.weight"] = model.wte.weight
-    theirs.load_state_dict(weights)
+    theirs.load_state_dict(to_openai(model.state_dict()) | {"lm_head.weight": model.wte.weight})
     return theirs.to(dtype).eval()
 
 
@@ -169,9 +153,15 @@ def known_passages(model: GPT, meta: dict, ids: torch.Tensor, count: int):
     Of up to 40 places, spread over the text, the first few from which it recites without a slip. Weights
     that always met the text in the same windows are asked from the windows' starts.
     """
-    grid = 1 if meta.get("windows") == "shifted" else model.config.n_positions
-    starts = torch.arange(0, len(ids) - PROMPT_TOKENS - count, grid)
-    starts = starts[torch.linspace(0, len(starts) - 1, min(40, len(starts))).long()]
+    asked, places = PROMPT_TOKENS + count, 40
+    if asked > len(ids):
+        raise ValueError(
+            f"the text has {len(ids)} tokens, too few for {asked}: ask for fewer tokens"
+        )
+    if meta.get("windows") == "shifted":
+        starts = torch.linspace(0, len(ids) - asked, min(places, len(ids) - asked + 1)).long()
+    else:
+        starts = window_starts(len(ids), model.config.n_positions, asked, places)
     recall = exact_recall(
         model, ids, prompt_tokens=PROMPT_TOKENS, continuation=count, starts=starts.tolist()
     )
@@ -324,7 +314,7 @@ def report(args: argparse.Namespace) -> None:
     base = next((max(r.speeds) for r in rows if r.name == "transformers generate, fp32"), None)
     parameters = model.num_parameters()
     print(
-        f"Machine: {cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+        f"Machine: {device_name(model.device)}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{platform.system()}; {versions}\n"
         f"Weights: {label}; {parameters:,} parameters. {count} tokens after a prompt of {PROMPT_TOKENS}, "
         f"greedy, at {passages}; best of {args.turns} turns.\n"

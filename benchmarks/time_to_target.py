@@ -17,7 +17,7 @@ import torch
 
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import get_preset
-from shakespeare_gpt.recite import exact_recall
+from shakespeare_gpt.recite import exact_recall, window_starts
 from shakespeare_gpt.train import (
     TARGET,
     TrainingError,
@@ -66,7 +66,7 @@ def measure(name: str, seed: int, source: str | None, out: Path, device: torch.d
     *_, step = logged(steps, out / f"{name}-{seed}.log", head)
     seconds = time.perf_counter() - began
     history = step.history
-    batch = config.batch_size * preset.model.n_positions
+    batch = history.tokens // step.step  # a short text has fewer windows than config.batch_size
     if history.first_batch is not None:
         first = f"step {history.first_batch}, {history.first_batch * batch:,} tokens"
     elif config.windows == "shifted":
@@ -74,7 +74,7 @@ def measure(name: str, seed: int, source: str | None, out: Path, device: torch.d
     else:
         # The run stopped before: would the batch that comes next have been under the target?
         order = WindowOrder(len(text.ids), preset.model.n_positions, config.windows, seed)
-        starts = order.batch(step.step, config.batch_size)
+        starts = order.batch(step.step, batch // preset.model.n_positions)
         index = (starts[:, None] + torch.arange(preset.model.n_positions + 1)) % len(text.ids)
         tokens = text.ids[index].to(device)
         with torch.no_grad(), autocast(device, "fp32"):
@@ -86,7 +86,7 @@ def measure(name: str, seed: int, source: str | None, out: Path, device: torch.d
         )
     per_pass = max(1, round((len(text.ids) - 1) / batch))
     tail = history.losses[-per_pass:]
-    at_starts = torch.arange(0, len(text.ids) - 82, preset.model.n_positions)
+    at_starts = window_starts(len(text.ids), preset.model.n_positions, asked=82, places=10**6)
     return [
         name,
         str(seed),

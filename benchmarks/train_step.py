@@ -66,13 +66,13 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|", flush=True)
     flops = flops_per_token(get_preset("gpt2").model)
     rows = (THEIRS, OURS, PLAIN, RECIPE) if on_gpu else (THEIRS, BOTH, OURS, RECIPE)
-    fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    spawn = multiprocessing.get_context("spawn")
     for batch_size in args.batch_size:
         speeds: dict[str, list[float]] = {row: [] for row in rows}
-        with ProcessPoolExecutor(1, **fresh) as pool:
-            for _ in range(args.rounds):
-                for row in rows:
-                    job = pool.submit(measure, row, precision, batch_size, steps, args.text)
+        for _ in range(args.rounds):
+            for row in rows:
+                with ProcessPoolExecutor(1, mp_context=spawn) as fresh:  # a process for each
+                    job = fresh.submit(measure, row, precision, batch_size, steps, args.text)
                     speeds[row].append(job.result())
         base = statistics.median(speeds[THEIRS])
         for row, values in speeds.items():

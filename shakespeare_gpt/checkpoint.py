@@ -7,8 +7,12 @@ alone go to ``.safetensors`` (see ``export``); ``load_model`` reads both.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
+import secrets
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,14 +38,9 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
     disk leaves the old checkpoint as it was. Raises CheckpointError.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.part")  # one that a kill left behind is overwritten
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
+        with replacing(path) as part, open(part, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
     except (
         OSError,
         RuntimeError,
@@ -51,10 +50,30 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
             f"The checkpoint {path} could not be written ({reason}): free some disk space, or save elsewhere. "
             "An earlier checkpoint of that name is untouched."
         ) from None
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` for the file that takes its place once it is complete; nothing is left of a failure.
+
+    Each writer has a name of its own, so that two at once never mix. What a kill left behind is removed when
+    it is an hour old, and is surely nobody's work any more.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield part
+        with open(part, "r+b") as file:  # Windows writes through only what is open for writing
+            os.fsync(file.fileno())
+        os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
-            unfinished.unlink()
-    return path
+            part.unlink()
 
 
 def load_checkpoint(path: str | os.PathLike, map_location: Any = "cpu") -> dict[str, Any]:
@@ -88,21 +107,20 @@ def to_openai(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def from_openai(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of ``to_openai``; the tied ``lm_head.weight`` and buffers of old files are left out."""
-    result = {}
-    for name, w in state.items():
-        name = name.removeprefix(PREFIX)
-        if name == "lm_head.weight" or name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue
-        result[name] = (w.T if name.endswith(TRANSPOSED) else w).contiguous()
-    return result
+    """The inverse of ``to_openai``."""
+    return {
+        name.removeprefix(PREFIX): (w.T if name.endswith(TRANSPOSED) else w).contiguous()
+        for name, w in state.items()
+    }
 
 
-def load_model(path: str | os.PathLike, device: Any = "cpu") -> tuple[GPT, dict[str, Any]]:
+def load_model(
+    path: str | os.PathLike, device: Any = "cpu", *, vocab_size: int | None = None
+) -> tuple[GPT, dict[str, Any]]:
     """Read a model, in evaluation mode and fp32, and what is known about it, from ``.pt`` or ``.safetensors``.
 
-    Raises CheckpointError if the file is missing, damaged, or not a model of this project: there are no
-    random weights to fall back on.
+    Raises CheckpointError if the file is missing, damaged, or not a model of this project (with
+    ``vocab_size``: with so many tokens): there are no random weights to fall back on.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -116,10 +134,16 @@ def load_model(path: str | os.PathLike, device: Any = "cpu") -> tuple[GPT, dict[
                 f"{path} holds no GPT ({error} is missing): train again."
             ) from None
     try:
+        if not isinstance(meta, dict):
+            raise TypeError("its metadata is no table")
+        if vocab_size not in (None, config["vocab_size"]):
+            raise ValueError(
+                f"its vocabulary has {config['vocab_size']} tokens, the tokenizer {vocab_size}"
+            )
         with torch.device("meta"):
             model = GPT(GPTConfig(**config), generator=torch.Generator("cpu"))
         model.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise CheckpointError(
             f"{path} holds no GPT of this project ({str(error).splitlines()[0]}): export it again."
         ) from None
@@ -134,7 +158,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, in
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: Windows replaces no file that is still mapped.
+            weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         config, meta = json.loads(header["config"]), json.loads(header["meta"])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
@@ -154,18 +179,13 @@ def safetensors_header(config: GPTConfig, meta: dict[str, Any]) -> dict[str, str
 
 def chosen_weights(path: str | os.PathLike | None = None) -> Path:
     """``path``, or else the newest checkpoint in ``checkpoints``. Raises CheckpointError where there is none."""
-    path = path or latest_checkpoint()
-    if path is None:
+    if path:
+        return Path(path)
+    # Not what a kill has left behind, nor a link to nowhere.
+    found = [p for p in Path("checkpoints").glob("[!.]*.pt") if p.is_file()]
+    if not found:
         raise CheckpointError(
             "There is no checkpoint in checkpoints/: train first (python -m shakespeare_gpt.train), or name "
             "weights with --weights."
         )
-    return Path(path)
-
-
-def latest_checkpoint(
-    folder: str | os.PathLike = "checkpoints", pattern: str = "*.pt"
-) -> Path | None:
-    """The newest checkpoint of a folder, None where there is none."""
-    found = [p for p in Path(folder).glob(pattern) if not p.name.startswith(".")]
-    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+    return max(found, key=lambda p: p.stat().st_mtime)

@@ -103,8 +103,8 @@ def _read(path: Path) -> str:
 def tiny_shakespeare() -> Path:
     """The path of Tiny Shakespeare: 1,115,394 characters from the plays, 338,025 tokens.
 
-    Looks, in this order, at the file or address in SHAKESPEARE_GPT_TINYSHAKESPEARE, the cache, the public
-    address. A download is written beside its place and moved there only when its SHA-256 is right, so a
+    Looks, in this order, at the file in SHAKESPEARE_GPT_TINYSHAKESPEARE, the cache, and the address in that
+    variable or else the public one. A download is written beside its place and moved there only when its SHA-256 is right, so a
     failed one leaves nothing behind. Raises TextError.
     """
     source = os.environ.get(SOURCE_VARIABLE, "")
@@ -130,7 +130,12 @@ def tiny_shakespeare() -> Path:
 
 
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise TextError(
+            f"{path} cannot be read ({error.strerror}): set {CACHE_VARIABLE} to a folder of your own."
+        ) from None
 
 
 def _download(url: str, path: Path, timeout: float = 20.0) -> None:
@@ -157,6 +162,7 @@ def _download(url: str, path: Path, timeout: float = 20.0) -> None:
                 f"What {url} sent is not Tiny Shakespeare (its SHA-256 differs); nothing was kept. "
                 f"Set {SOURCE_VARIABLE} to another address or to a file."
             )
+        os.chmod(name, 0o644)  # a cache may be shared
         os.replace(name, path)
     except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
         if isinstance(error, TextError):

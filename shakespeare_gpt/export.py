@@ -24,13 +24,13 @@ from typing import Any
 import torch
 
 from shakespeare_gpt.checkpoint import (
-    CheckpointError,
     chosen_weights,
     load_model,
+    replacing,
     safetensors_header,
     to_openai,
 )
-from shakespeare_gpt.data import REPOSITORY, Text, TextError, load_text
+from shakespeare_gpt.data import REPOSITORY, Text, load_text
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.tokenizer import END_OF_TEXT, VOCAB_SIZE, token_bytes
 
@@ -49,14 +49,10 @@ class ExportError(RuntimeError):
 
 def _write(path: Path, fill: Callable[[Path], None]) -> Path:
     """Let ``fill`` write a file that takes ``path``'s place only once it is complete. Raises ExportError."""
-    part = path.with_name(f".{path.name}.part")  # one that a kill has left behind is overwritten
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fill(part)
-        with open(part, "r+b") as file:  # Windows writes through only what is open for writing
-            os.fsync(file.fileno())
-        part.chmod(0o644)  # readable for whoever serves it
-        os.replace(part, path)
+        with replacing(path) as part:
+            fill(part)
+            part.chmod(0o644)  # readable for whoever serves it
     except Exception as error:  # safetensors reports a full disk with an exception type of its own
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
@@ -65,9 +61,6 @@ def _write(path: Path, fill: Callable[[Path], None]) -> Path:
             f"{path} could not be written ({reason}): free some disk space or name another place. "
             "An earlier file of that name is untouched."
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
     return path
 
 
@@ -85,9 +78,13 @@ def export_safetensors(
     """Write a model's weights and what is known about them to ``path``, atomically.
 
     In fp32 ``checkpoint.load_model`` reads back exactly what was written; in bf16 the file is half as large
-    and each number is rounded to 8 bits of mantissa. Raises ExportError.
+    and each number is rounded to 8 bits of mantissa. Raises ExportError, also for a name that ends otherwise
+    than in .safetensors.
     """
     from safetensors.torch import save_file
+
+    if Path(path).suffix != ".safetensors":  # a text or a checkpoint of that name would be replaced
+        raise ExportError(f"{path} is no name for weights: let it end in .safetensors.")
 
     weights = {name: w.detach().cpu().to(dtype) for name, w in model.state_dict().items()}
     header = safetensors_header(model.config, meta)
@@ -315,29 +312,25 @@ def _refuse_foreign(folder: Path, ours: set[str]) -> None:
 def learnt_text(meta: dict[str, Any], source: str | os.PathLike | None = None) -> Text:
     """The text that weights with this ``meta`` learnt: ``source``, or where the preset has it from.
 
-    A text of one's own is looked for under its name in the working directory. Raises ExportError if it is
-    another text (by its SHA-256), TextError if it cannot be read.
+    A text of one's own is looked for as NAME.txt in the working directory, and taken only with the right
+    SHA-256: a file of weights does not choose what of this machine is read and published. Raises ExportError
+    if it is another text, TextError if it cannot be read.
     """
     from shakespeare_gpt.presets import PRESETS, TEXT_VARIABLE
 
-    name = meta.get("text_name")
-    chosen = source or os.environ.get(TEXT_VARIABLE) or name or "input"
-    if (
-        chosen == name
-        and Path(f"{name}.txt").is_file()
-        and name not in ("input", "tinyshakespeare")
-    ):
-        chosen = f"{name}.txt"  # its SHA-256 says below whether it is the one
-    preset = PRESETS.get(meta.get("preset"))
-    limit = preset.max_tokens if preset is not None and chosen == preset.text else None
-    try:
-        text = load_text(chosen, context=1, max_tokens=limit)
-    except TextError:
-        if source or chosen != name or name in ("input", "tinyshakespeare"):
-            raise
-        raise ExportError(
-            f"The weights learnt a text called {name!r}: name its file with --text or in {TEXT_VARIABLE}."
-        ) from None
+    name = str(meta.get("text_name", "input"))
+    chosen, limit = source or os.environ.get(TEXT_VARIABLE), None
+    if not chosen and name in ("input", "tinyshakespeare"):
+        preset = PRESETS.get(str(meta.get("preset")))
+        chosen = name
+        limit = preset.max_tokens if preset is not None and name == preset.text else None
+    elif not chosen:
+        chosen = Path(f"{name}.txt").absolute()
+        if Path(name).name != name or not chosen.is_file() or "text_sha256" not in meta:
+            raise ExportError(
+                f"The weights learnt a text called {name!r}: name its file with --text or in {TEXT_VARIABLE}."
+            )
+    text = load_text(chosen, context=1, max_tokens=limit)
     if meta.get("text_sha256") not in (None, text.sha256):
         raise ExportError(
             f"The weights learnt another text than {chosen} (its SHA-256 differs; theirs is called "
@@ -520,7 +513,7 @@ def _parser() -> argparse.ArgumentParser:
         "--safetensors", metavar="FILE", help="write the weights and their metadata to FILE"
     )
     parser.add_argument(
-        "--transformers", metavar="DIR", help="write a folder that transformers opens"
+        "--transformers", metavar="DIR", help="write a folder that transformers opens, in fp32"
     )
     parser.add_argument("--stage", metavar="DIR", help="put the complete Space into DIR")
     parser.add_argument(
@@ -552,9 +545,12 @@ def main(argv: list[str] | None = None) -> int:
         )
     try:
         _run(args)
-    except (ExportError, CheckpointError, TextError, OSError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # our own errors are among these
         print(f"export: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print()
+        return 130
     return 0
 
 

@@ -33,6 +33,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import os
 import sys
 import time
 import warnings
@@ -45,11 +46,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shakespeare_gpt.model import GPT, KVCache
-from shakespeare_gpt.tokenizer import END_OF_TEXT, StreamDecoder, encode
+from shakespeare_gpt.tokenizer import END_OF_TEXT, VOCAB_SIZE, StreamDecoder, encode
 
 NEWLINE = (
     198  # the id of "\n": what stands before the first line of a text, for a prompt of nothing
 )
+
+COLDEST = 1e-8  # below it the best token has all the weight, as far as fp32 goes: temperature 0
 
 # ---------------------------------------------------------------------------- the sampler
 
@@ -81,10 +84,10 @@ def next_token_probs(
         raise ValueError(
             "the model's logits are not finite numbers: the weights are damaged or diverged"
         )
-    if temperature == 0:
+    if temperature < COLDEST:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     V = logits.shape[-1]
-    # The best logit becomes 0 before the division, so that a tiny temperature cannot overflow.
+    # The best logit becomes 0 before the division, so that the softmax cannot overflow.
     logits = (logits - best) / temperature
     if 0 < top_k < V:
         kept, index = logits.topk(int(top_k))  # sorted, best first
@@ -115,6 +118,8 @@ def draw(probs: Tensor, u: float) -> int:
 
     One random number a token, whatever the size of the vocabulary. A token of probability 0 never comes.
     """
+    if probs.device.type == "mps":  # has no float64
+        probs = probs.cpu()
     sums = probs.cumsum(-1, dtype=torch.float64)
     token = int(torch.searchsorted(sums, u * sums[-1:], right=True))
     return (
@@ -349,7 +354,7 @@ def _choose(logits, proposal, random, *, temperature, top_k, top_p) -> list[int]
     the model and comparing accepts a guess x with probability p(x) and otherwise draws from p without x,
     which is what speculative sampling does where the draft is certain of its guess.
     """
-    if temperature == 0:
+    if temperature < COLDEST:
         best, choices = logits.max(-1)
         if not torch.isfinite(best).all():
             raise ValueError(
@@ -391,8 +396,8 @@ def stream_text(
     """Continue a text, in pieces of whole characters; the pieces together are the continuation.
 
     It ends after ``max_new_tokens``, at the end-of-text token, or before the ``stop`` string that is
-    complete first, which is never part of a piece, not even its first letters: text that could still become one is held
-    back. The rest is as in ``generate``.
+    complete first, which is never part of a piece, not even its first letters: text that could still become
+    one is held back. The rest is as in ``generate``.
     """
     stops = [stop] if isinstance(stop, str) else list(stop)
     if not all(stops):
@@ -434,9 +439,9 @@ def _until_stop(text: str, stops: list[str], final: bool = False) -> tuple[str, 
 
     Unless ``final``, an end that is the beginning of a stop string is kept for later.
     """
-    found = [place for place in (text.find(s) for s in stops) if place >= 0]
+    found = [(place + len(s), place) for s in stops if (place := text.find(s)) >= 0]
     if found:
-        return text[: min(found)], True
+        return text[: min(found)[1]], True  # the first to be complete; of two, the longer
     if final:
         return text, False
     longest = max((len(s) for s in stops), default=1) - 1
@@ -695,9 +700,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     knobs = {k: v for k, v in vars(options).items() if k not in ("prompt", "weights")}
     prompt = options.prompt.replace("\\n", "\n")
+    # Into a file or pipe Windows would write in its own code page.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")
     try:
         weights = chosen_weights(options.weights)
-        model, meta = load_model(weights)
+        model, meta = load_model(weights, vocab_size=VOCAB_SIZE)
         about = {k: meta[k] for k in ("preset", "text_name", "steps", "loss") if k in meta} | knobs
         print("#", " ".join(f"{k}={v}" for k, v in about.items()), file=sys.stderr, flush=True)
         pieces = stream_text(
@@ -707,7 +715,10 @@ def main(arguments: list[str] | None = None) -> int:
         for piece in pieces:
             print(piece, end="", flush=True)
         print()
-    except (CheckpointError, ValueError) as error:
+    except BrokenPipeError:  # `| head` has seen enough; Python's last flush must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

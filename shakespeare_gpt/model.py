@@ -270,7 +270,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 matrix = F.pad(matrix, (0, 0, 0, -V % 64))
             # The same memory for every block: a CPU takes as long to get new memory as to fill it.
             block = hidden.new_empty(min(rows, len(hidden)), len(matrix))
-            in_place = dtype == torch.float32 and not hidden.is_cuda
+            in_place = dtype == torch.float32 and hidden.device.type == "cpu"
             exact = block if in_place else torch.empty_like(block, dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden)
             share = torch.empty_like(matrix) if len(hidden) > rows and not in_place else None

@@ -166,7 +166,7 @@ def start(
 
     Goes on from the run's checkpoint where there is one, unless ``restart``. ``model``, random weights
     otherwise, is trained in place; ``config``, ``checkpoint`` and ``log`` replace the preset's. Raises
-    CheckpointError for a checkpoint that is not called ``*.pt``.
+    CheckpointError for a checkpoint that is not called ``*.pt``, a log that is not called ``*.log``.
     """
     config = config or preset.train
     device = torch.device(device) if device is not None else default_device()
@@ -175,6 +175,9 @@ def start(
     checkpoint = Path(checkpoint or checkpoint_path(preset, text))
     if checkpoint.suffix != ".pt":  # with ``restart`` a text of that name would be overwritten
         raise CheckpointError(f"{checkpoint} is no name for a checkpoint: let it end in .pt.")
+    log = Path(log or checkpoint.with_suffix(".log"))
+    if log.suffix != ".log":  # likewise
+        raise CheckpointError(f"{log} is no name for a log: let it end in .log.")
     steps = train(
         model,
         text.ids,
@@ -187,4 +190,4 @@ def start(
     if dist.is_initialized() and dist.get_rank() != 0:
         return steps
     head = log_head(preset.name, text.name, text.sha256, config, device)
-    return logged(steps, log or checkpoint.with_suffix(".log"), head)
+    return logged(steps, log, head)

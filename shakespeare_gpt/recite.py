@@ -23,7 +23,7 @@ from torch import Tensor
 from shakespeare_gpt.data import Text, windows
 from shakespeare_gpt.generate import CachedReader
 from shakespeare_gpt.model import GPT
-from shakespeare_gpt.tokenizer import encode, token_bytes
+from shakespeare_gpt.tokenizer import VOCAB_SIZE, encode, token_bytes
 
 # ---------------------------------------------------------------------------- how well it is known
 
@@ -87,16 +87,6 @@ def _score_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return losses.cpu(), (first == labels).cpu()
 
 
-def token_losses(model: GPT, ids: Tensor) -> Tensor:
-    """The loss in nats of each token of a text (n,) but the first: (n - 1,) float32. See ``score``."""
-    return score(model, ids).losses
-
-
-def accuracy(model: GPT, ids: Tensor) -> float:
-    """The share of a text's tokens that the model holds for the most probable. See ``score``."""
-    return score(model, ids).accuracy
-
-
 @dataclass(frozen=True)
 class Recall:
     """How far the model recited at each of several places."""
@@ -118,11 +108,6 @@ class Recall:
     def perfect(self) -> float:
         """The share of the places where the whole continuation is right."""
         return (self.matched == self.continuation).double().mean().item()
-
-    @property
-    def counts(self) -> Tensor:
-        """At how many places 0, 1, ..., ``continuation`` tokens are right: (continuation + 1,)."""
-        return torch.bincount(self.matched, minlength=self.continuation + 1)
 
     def __str__(self) -> str:
         return (
@@ -177,6 +162,19 @@ def exact_recall(
         hits = torch.cat(told, 1) == truth
         matched.append(hits.cumprod(1).sum(1).cpu())
     return Recall(starts.tolist(), torch.cat(matched), prompt_tokens, continuation)
+
+
+def window_starts(tokens: int, context: int, asked: int, places: int = 200) -> Tensor:
+    """Where the windows of a text of ``tokens`` begin (see ``data.windows``): (p,), p <= ``places``.
+
+    Evenly spaced over the text, and only those after which ``asked`` tokens follow; of a text shorter than one
+    window its beginning.
+    """
+    if tokens <= context:
+        return torch.zeros(1, dtype=torch.int64)
+    starts = windows(torch.arange(tokens), context)[0]
+    starts = starts[starts <= tokens - asked]
+    return starts[torch.linspace(0, len(starts) - 1, min(places, len(starts))).long()]
 
 
 def first_difference(a: Sequence, b: Sequence) -> int | None:
@@ -251,8 +249,8 @@ class Source:
     def spans(self, generated: str) -> list[Span]:
         """Every part of ``generated`` that is quoted, from left to right, without overlap.
 
-        Exactly the tokens that belong to a run of ``min_tokens`` or more in the learnt text are covered. Of
-        several places the longest agreement wins, then the earliest. Where one quotation runs into another,
+        Exactly the tokens that belong to a run of ``min_tokens`` or more in the learnt text are covered, but
+        blank lines alone are no quotation. Of several places the longest agreement wins, then the earliest. Where one quotation runs into another,
         the second begins where the first ends, and may then itself be shorter than ``min_tokens``.
         """
         generated = SURROGATE.sub("\ufffd", generated)  # as the tokenizer reads it
@@ -275,7 +273,9 @@ class Source:
             covered, free = i + length, spans[-1].end if spans else 0
             if end > free:  # what the span before this one, lengthened, has left of it
                 shown = max(begin, free)
-                spans.append(self._span(generated, shown, end, offset + shown - begin, free))
+                span = self._span(generated, shown, end, offset + shown - begin, free)
+                if not generated[span.start : span.end].isspace():
+                    spans.append(span)
         return spans
 
     def segments(self, generated: str) -> list[tuple[str, Span | None]]:
@@ -324,7 +324,7 @@ class Source:
         while high > end and not _may_end(generated, text, high, shift):
             high -= 1
         quoted = generated[low:high]
-        first = low + shift + (len(quoted) - len(quoted.lstrip()) if quoted.strip() else 0)
+        first = low + shift + len(quoted) - len(quoted.lstrip())
         speech = bisect.bisect_right(self._speeches, first) - 1
         return Span(
             low,
@@ -413,7 +413,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         weights = chosen_weights(options.weights)
         device = default_device(options.device)
-        model, meta = load_model(weights, device)
+        model, meta = load_model(weights, device, vocab_size=VOCAB_SIZE)
         text = learnt_text(meta, options.text)
         ids, context = text.ids, model.config.n_positions
         print(
@@ -431,8 +431,7 @@ def main(arguments: list[str] | None = None) -> int:
         given, asked = (32, 50) if context >= 128 else (8, 16)
         asked = min(asked, len(ids) - given)
         if asked > 0:
-            starts = torch.arange(0, len(ids) - given - asked + 1, context)
-            starts = starts[torch.linspace(0, len(starts) - 1, min(200, len(starts))).long()]
+            starts = window_starts(len(ids), context, given + asked)
             for where, chosen in (("window starts", starts), ("anywhere", None)):
                 recall = exact_recall(
                     model, ids, prompt_tokens=given, continuation=asked, starts=chosen

@@ -20,7 +20,7 @@ from pathlib import Path
 import tiktoken
 
 VOCAB_FILE = Path(__file__).with_name("gpt2.tiktoken")
-END_OF_TEXT = 50256  # the one token that stands for no bytes: the end of a document
+END_OF_TEXT = 50256  # the one token that no text is encoded to: the end of a document
 VOCAB_SIZE = 50257
 
 # How GPT-2 cuts a text into words before any merging: contractions, letters, digits and other signs each

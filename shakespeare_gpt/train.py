@@ -15,6 +15,7 @@ import ctypes
 import math
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -378,13 +379,11 @@ class _Run:
             # A loss like this is that of the present weights: the checkpoint keeps the earlier ones.
             self.sound = False
             where = (
-                f"; {self.checkpoint} holds the last good weights, of step {self.saved}"
-                if self.saved
-                else ""
+                f"; {self.checkpoint} holds the weights of step {self.saved}" if self.saved else ""
             )
             raise TrainingError(
                 f"The loss exploded at step {self.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g})"
-                f"{where}: lower the rates (--muon-lr, --adam-lr)."
+                f"{where}: start over (--restart) with lower rates (--muon-lr, --adam-lr)."
             )
 
     # --- before and after ---------------------------------------------------------------------------
@@ -743,7 +742,9 @@ def device_name(device: torch.device) -> str:
     """A name that a reader of a log understands: the GPU's, or the processor's and how many threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = "CPU"
+    if device.type != "cpu":
+        return device.type
+    name = platform.processor() or platform.machine()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -919,7 +920,8 @@ def _interruptible():
 def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any]) -> Iterator[Step]:
     """Pass the steps on and write them to a log: a head that names the run, then every tenth step.
 
-    A resumed run writes on where the log stopped. Each line: ``step | loss | best | lr | tokens/s``.
+    A resumed run writes on where the log stopped; one that starts over keeps the earlier log as ``.old.log``.
+    Each line: ``step | loss | best | lr | tokens/s``.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -930,6 +932,9 @@ def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any])
                 continue
             if head is not None:
                 if step.step <= 1 or file.tell() == 0:
+                    # An earlier run's weights stay until this one's first save, so its log does too.
+                    if file.tell():
+                        shutil.copyfile(path, path.with_suffix(".old.log"))
                     file.seek(0)
                     file.truncate()
                     file.writelines(f"# {key}: {value}\n" for key, value in head.items())
@@ -955,7 +960,7 @@ def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any])
 
 @contextmanager
 def _reason(file):
-    """A run that fails says why at the end of its log."""
+    """A run that gives up says why at the end of its log."""
     try:
         yield
     except TrainingError as error:
@@ -1074,7 +1079,10 @@ def main(arguments: list[str] | None = None) -> int:
         name, reason = best_precision(device)
         if config.precision != "auto":
             name, reason = config.precision, "it was asked for"
-        say(f"device: {device_name(device)}; {name}, because {reason}")
+        if earlier is not None and not options.restart:
+            say(f"device: {device_name(device)}; goes on from {path}, in its precision")
+        else:
+            say(f"device: {device_name(device)}; {name}, because {reason}")
         steps = start(
             preset,
             text,
@@ -1087,7 +1095,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         with closing(steps):
             _watch(steps, say)
-        say(f"Saved checkpoint to {path}")
+        if _written(path) != earlier:
+            say(f"Saved checkpoint to {path}")
     except KeyboardInterrupt:
         if path is not None and _written(path) != earlier:
             without = " without --restart" if options.restart else ""

@@ -258,6 +258,45 @@ def test_named_weights_come_with_their_own_text(tiny, monkeypatch, tmp_path):
         plots.trained_model()
 
 
+@pytest.mark.parametrize("with_sha256", [True, False])
+def test_a_file_of_weights_does_not_choose_what_is_read(tmp_path, monkeypatch, with_sha256):
+    """A foreign file named a private one as its text, and the Space would have published it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    secret = tmp_path / "elsewhere" / "secret.txt"
+    secret.write_text("A secret.\n" * 30, encoding="utf-8")
+    (tmp_path / "own.txt").write_text("My own text.\n" * 30, encoding="utf-8")
+    told = {}
+    if with_sha256:
+        told["text_sha256"] = load_text(secret, context=1).sha256
+    for name in (str(secret), str(secret.with_suffix("")), "elsewhere/secret", "~/secret", ["x"]):
+        with pytest.raises(ExportError, match="name its file with --text"):
+            export.learnt_text({"text_name": name, **told})
+    with pytest.raises(ExportError):  # without a SHA-256, or with that of another text
+        export.learnt_text({"text_name": "own", **told})
+    sha256 = load_text("own.txt", context=1).sha256
+    assert export.learnt_text({"text_name": "own", "text_sha256": sha256}).name == "own"
+
+
+def test_a_text_is_not_overwritten_by_weights(tiny, tmp_path, capsys):
+    """--safetensors with the text's own name replaced the text."""
+    poem = tmp_path / "poem.txt"
+    poem.write_text("My poem.", encoding="utf-8")
+    assert export.main(["--weights", str(tiny[0]), "--safetensors", str(poem)]) == 1
+    assert poem.read_text(encoding="utf-8") == "My poem."
+    assert "end in .safetensors" in capsys.readouterr().err
+
+
+def test_interrupted_is_no_traceback(tiny, monkeypatch):
+    """Ctrl-C while half a gigabyte is written ended in a page of Python."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "load_model", interrupt)
+    assert export.main(["--weights", str(tiny[0]), "--stage", "x"]) == 130
+
+
 def test_the_text_of_a_preset_is_found():
     from shakespeare_gpt.presets import get_preset
 

@@ -1,7 +1,10 @@
 """Sampling: the knobs, the cache, the window, the draft, the stream, and the copies in fewer bytes."""
 
 import math
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +30,7 @@ from shakespeare_gpt.generate import (
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = GPTConfig(vocab_size=61, n_positions=32, n_embd=48, n_layer=2, n_head=3)
 
 
@@ -148,7 +152,7 @@ def test_top_p_short_cut_equals_a_full_sort(top_p):
 def test_temperature_zero_is_greedy_and_tiny_temperatures_do_not_overflow():
     """Guards against a division by zero at temperature 0 and NaN just above it."""
     logits = torch.tensor([[1.0, 3.0, 2.0], [900.0, -900.0, 0.0]])
-    for temperature in (0, 0.0, 1e-30, 1e-6):
+    for temperature in (0, 0.0, 5e-324, 1e-46, 1e-30, 1e-6):
         assert next_token_probs(logits, temperature).tolist() == [[0, 1, 0], [1, 0, 0]]
 
 
@@ -510,6 +514,14 @@ def test_stop_strings_are_never_emitted(text, stops):
     assert all(told)
 
 
+@pytest.mark.parametrize(("stops", "shown"), [(["the", "h"], " t"), (["he", "the", "e"], " ")])
+def test_stop_strings_do_not_depend_on_the_tokens(stops, shown):
+    """Both stop strings may come with one token: what is complete first still decides, as letter by letter."""
+    for pieces in ([" the"], [" t", "he"], list(" the")):
+        ids = [int(b) for t in pieces for b in encode(t)]
+        assert "".join(g._stream(Script(ids)(), stops)) == shown
+
+
 def test_a_stop_string_stops_the_model(script):
     """Guards against tokens computed after the text is over; a lone string is one stop, not its letters."""
     made = script(encode("Speak, speak.\n\nROMEO: no"))
@@ -669,13 +681,25 @@ def test_command_line_continues_the_prompt(weights, capsys):
     assert "text_name=input steps=7 loss=0.5" in about and "seed=3" in about
 
 
+def test_command_line_stops_where_the_reader_does(weights):
+    """`| head -1` ended in a traceback."""
+    line = [sys.executable, "-m", "shakespeare_gpt.generate", "O", "--weights", str(weights)]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()
+        error = run.stderr.read().decode()
+    assert run.returncode == 1 and error.count("\n") == 1 and error.startswith("# preset=smoke")
+
+
 def test_command_line_says_what_is_wrong(weights, tmp_path, monkeypatch, capsys):
     """One line and exit status 1, no traceback; and never random weights."""
     monkeypatch.chdir(tmp_path)
+    small = random_model(GPTConfig(vocab_size=101, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    foreign = export_safetensors(small, tmp_path / "foreign.safetensors", {})
     named = ["O", "--weights", str(weights)]
     for line, reason in (
         (["O"], "train first"),
         (["O", "--weights", "nowhere.pt"], "nowhere.pt"),
+        (["O", "--weights", str(foreign)], "vocabulary has 101 tokens"),
         ([*named, "--temperature", "-1"], "temperature must be 0 or more"),
         ([*named, "--max-new-tokens", "-5"], "max_new_tokens must be 0 or more"),
     ):

@@ -11,17 +11,17 @@ from torch.nn import functional as F
 
 from shakespeare_gpt import recite
 from shakespeare_gpt.checkpoint import load_model
-from shakespeare_gpt.data import Text
+from shakespeare_gpt.data import Text, windows
 from shakespeare_gpt.export import export_safetensors
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.recite import (
     Recall,
     Source,
-    accuracy,
     exact_recall,
     first_difference,
+    quoted_share,
     score,
-    token_losses,
+    window_starts,
 )
 from shakespeare_gpt.tokenizer import decode, encode
 
@@ -102,8 +102,7 @@ def test_each_token_is_scored_once_from_its_own_window(n, ids):
     assert scores.losses.dtype == torch.float32
     assert torch.allclose(scores.losses, torch.cat(expected), atol=1e-5)
     assert torch.equal(scores.right, torch.cat(right))
-    assert torch.equal(token_losses(model, part), scores.losses)
-    assert accuracy(model, part) == pytest.approx(torch.cat(right).float().mean().item())
+    assert scores.accuracy == pytest.approx(torch.cat(right).float().mean().item())
     assert scores.loss == pytest.approx(torch.cat(expected).mean().item(), abs=1e-5)
 
 
@@ -138,9 +137,19 @@ def test_recall_counts_up_to_the_first_difference(learnt, ids):
     unknown = [m for s, m in zip(recall.starts, slow, strict=True) if s > 145]
     assert sum(known) / len(known) > 15
     assert sum(unknown) / len(unknown) < 3
-    assert recall.counts.sum() == 60
-    assert recall.counts[20] / 60 == pytest.approx(recall.perfect)
+    assert recall.perfect == sum(m == 20 for m in slow) / 60
     assert f"median {recall.median:g} of 20" in str(recall)
+
+
+@pytest.mark.parametrize("n", [20, 64, 65, 100, 128, 129, 150, 300])
+@pytest.mark.parametrize("places", [2, 200])
+def test_window_starts_are_those_of_the_training(n, places):
+    """The last window is moved back to be whole: asked from where it is not, even a known text fails."""
+    starts = window_starts(n, 64, 20, places).tolist()
+    trained = windows(torch.arange(n), 64)[0].tolist() if n > 64 else [0]
+    assert set(starts) <= set(trained) and max(starts) + 20 <= n
+    assert starts == sorted(set(starts)) and starts[0] == 0
+    assert len(starts) == min(places, sum(start + 20 <= n for start in trained))
 
 
 def test_recall_beyond_the_context(learnt, ids):
@@ -313,6 +322,15 @@ def test_exactly_the_tokens_of_long_enough_runs_are_covered(data):
         assert text[span.offset :].startswith(generated[span.start : span.end])
 
 
+def test_blank_lines_alone_are_no_quotation():
+    """A mark of nothing on the page, and a picture that could not be drawn."""
+    source = Source(
+        text_of("I come." + "\n" * 40 + "HAMLET:\nWords, words, words, and more of them.\n")
+    )
+    assert source.spans("no" + "\n" * 30 + "no") == []
+    assert quoted_share(source, "no" + "\n" * 30 + "no") == 0
+
+
 def test_marking_a_growing_text_is_quick_and_consistent():
     """Guards against time that grows with the square of the text: 338,025 tokens, 2,000 of them generated."""
     numbers = torch.randint(1000, 20000, (338_000,), generator=seeded(4)).tolist()
@@ -356,7 +374,7 @@ def test_command_line_measures_what_is_known(tiny, monkeypatch, capsys):
     assert f"{scores.accuracy:.2%} are the first guess" in said
     anywhere = exact_recall(model, text.ids, prompt_tokens=8, continuation=16)
     assert f"from anywhere: {anywhere}" in said
-    places = (len(text.ids) - 8 - 16) // 64 + 1
+    places = len(window_starts(len(text.ids), 64, 8 + 16))
     assert f"from window starts: Exact recall at {places} places after 8 tokens" in said
 
 
@@ -375,12 +393,21 @@ def test_command_line_says_what_is_wrong(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"no checkpoint")
+    model, meta = load_model(checkpoint)
+    nonsense = export_safetensors(model, tmp_path / "nonsense.safetensors", ["no", "table"])
+    small = GPT(GPTConfig(vocab_size=101, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    foreign = export_safetensors(small, tmp_path / "foreign.safetensors", meta)
+    odd = {**meta, "preset": ["a"], "text_name": ["b"]}
+    odd = export_safetensors(model, tmp_path / "odd.safetensors", odd)
     other = tmp_path / "other.txt"
     other.write_text(PLAY * 3, encoding="utf-8")
     known = ["--weights", str(checkpoint)]
     for options, expected in (
         ([], "train first"),
         (["--weights", str(broken)], "not a readable checkpoint"),
+        (["--weights", str(nonsense)], "metadata is no table"),
+        (["--weights", str(foreign)], "vocabulary has 101 tokens"),
+        (["--weights", str(odd)], "name its file with --text"),
         ([*known, "--text", str(other)], "learnt another text"),
         ([*known], "name its file with --text"),
         ([*known, "--text", str(source), "--device", "nowhere"], "nowhere"),

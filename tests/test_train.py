@@ -592,6 +592,11 @@ def test_a_restart_that_fails_keeps_the_old_weights(tmp_path, monkeypatch, capsy
         assert module.main([*command, "--restart", *bad]) == 1
         assert capsys.readouterr().err.count("\n") == 1
         assert saved.read_bytes() == before
+    log = saved.with_suffix(".log").read_text(encoding="utf-8")
+    assert module.main([*command, "--restart", "--adam-lr", "1e9", "--target", "0.1"]) == 1
+    assert "exploded" in saved.with_suffix(".log").read_text(encoding="utf-8")
+    assert saved.with_suffix(".old.log").read_text(encoding="utf-8") == log
+    assert saved.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -630,6 +635,16 @@ def test_a_text_is_not_overwritten_by_weights(tmp_path, monkeypatch, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and "end in .pt" in error
     assert list(tmp_path.iterdir()) == [words] and words.read_bytes() == before
+
+
+def test_a_text_is_not_overwritten_by_a_log(tmp_path, monkeypatch, capsys):
+    """--log with the text's own name emptied the text."""
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own.txt"
+    own.write_text("A line of my own text, again and again.\n" * 30, encoding="utf-8")
+    before = own.read_bytes()
+    assert module.main(["--preset", "smoke", "--text", "own.txt", "--log", "own.txt"]) == 1
+    assert own.read_bytes() == before and "end in .log" in capsys.readouterr().err
 
 
 def test_interrupted_before_anything_was_trained(tmp_path, monkeypatch, capsys):
