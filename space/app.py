@@ -48,15 +48,19 @@ from shakespeare_gpt.tokenizer import VOCAB_SIZE, decode, token_bytes  # noqa: E
 MAX_PROMPT = 2_000  # characters; the model sees at most its context of them anyway
 MAX_LENGTH = 400  # tokens in one answer
 MAX_RECITAL = 200
+HOTTEST = 1.5  # temperature: above it all of GPT-2's vocabulary comes up, and not only a play's
 GIVEN = 32  # tokens of the text that it hears before it recites, as in recite.exact_recall
 AT_ONCE = 2  # answers that are written at the same time, taking turns; one alone would leave gaps
 WAITING = 16  # requests that may wait; whoever comes after them is told so
 EVERY = 0.05  # seconds between two looks at a growing text
 
-# By the text's SHA-256: many files are called input.txt.
+# By the text's SHA-256: many files are called input.txt. A title, and what that is.
 TITLES = {
-    "0eacf58f0f9b1673cb26382a718ac11d928bbe810d4528e899bd7f80a1f17aa6": "The Warden of Skerrow",
-    TINY_SHAKESPEARE_SHA256: "Tiny Shakespeare",
+    "0eacf58f0f9b1673cb26382a718ac11d928bbe810d4528e899bd7f80a1f17aa6": (
+        "The Warden of Skerrow",
+        "a play in Shakespeare's manner",
+    ),
+    TINY_SHAKESPEARE_SHA256: ("Tiny Shakespeare", "a million letters of his plays"),
 }
 SPEECH = re.compile(r"(?:\A\s*|\n[ \t]*\n)([^\n:]{1,60}):[ \t]*\n([^\n]*\w[^\n]*)")
 
@@ -102,18 +106,14 @@ class Play:
         sizes = np.array([len(token_bytes(i)) for i in self.text.ids.tolist()], dtype=np.int64)
         self.edges = np.concatenate([[0], np.cumsum(sizes)])  # bytes before each token
         self.lines = self.text.text.split("\n")
+        self.speakers = {match[1] for match in SPEECH.finditer(self.text.text)}
         self.line_ends = np.cumsum([len(line.encode("utf-8")) + 1 for line in self.lines]) - 1
         self._worker = one_thread()
 
     @classmethod
     def load(cls, folder: Path) -> Play:
         """Read a staged folder. Raises CheckpointError and TextError: there are no random weights here."""
-        model, meta = load_model(folder / "model.safetensors")
-        if model.config.vocab_size != VOCAB_SIZE:
-            raise CheckpointError(
-                f"model.safetensors has a vocabulary of {model.config.vocab_size} tokens, the tokenizer "
-                f"{VOCAB_SIZE}: these are not this project's weights."
-            )
+        model, meta = load_model(folder / "model.safetensors", vocab_size=VOCAB_SIZE)
         text = load_text(folder / "text.txt", context=1)
         if meta.get("text_sha256") not in (None, text.sha256):
             raise TextError(
@@ -136,7 +136,8 @@ class Play:
 
     @property
     def title(self) -> str:
-        return TITLES.get(self.text.sha256) or str(self.meta.get("text_name", "its text"))
+        known = TITLES.get(self.text.sha256)
+        return known[0] if known else str(self.meta.get("text_name", "its text"))
 
     def speeches(self) -> list[tuple[str, int, str]]:
         """(speaker, line number, the line): the first line of each speech; in prose every line."""
@@ -239,7 +240,7 @@ def continue_prompt(
         play.model,
         answer.prompt,
         max_new_tokens=int(number(length, 1, MAX_LENGTH, 160)),
-        temperature=number(temperature, 0.0, 2.0, 0.8),
+        temperature=number(temperature, 0.0, HOTTEST, 0.8),
         top_k=int(number(top_k, 0, 1000, 0)),
         top_p=number(top_p, 0.01, 1.0, 1.0),
         seed=answer.seed,
@@ -266,6 +267,7 @@ class Recital:
     line: int
     given: str
     truth: list[int]  # token ids
+    cut: bool = False  # whether ``given`` begins within a line
     told: list[int] = field(default_factory=list)
     stats: GenerationStats = field(default_factory=GenerationStats)
     done: bool = False
@@ -287,9 +289,12 @@ def recite_line(play: Play, line, tokens, stopped: Callable[[], bool] = bool) ->
     end, n = play.after(line), play.model.config.n_positions
     tokens = int(number(tokens, 1, MAX_RECITAL, 80))
     # What was always read from the same place is asked from there, else a few words must do.
-    start = (end - 1) // n * n if play.fixed else end - min(GIVEN, n // 2)
-    given = ids[max(0, start) : end]
+    # (The last window was moved back to be whole, see data.windows.)
+    start = min((end - 1) // n * n, len(ids) - 1 - n) if play.fixed else end - min(GIVEN, n // 2)
+    start = max(0, start)
+    given = ids[start:end]
     recital = Recital(line, decode(given).lstrip("\ufffd"), ids[end : end + tokens])
+    recital.cut = start > 0 and not decode(ids[start - 1 : start]).endswith("\n")
     told = generate(
         play.model,
         given,
@@ -318,36 +323,51 @@ def esc(value: Any) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _lines(text: str, at_start: bool) -> str:
-    """Escaped text in which the names of speakers, each alone on a line with a colon, are set apart."""
-    parts = []
-    for i, line in enumerate(text.split("\n")):
-        name = re.fullmatch(r"[^\n:]{1,60}:", line) if i or at_start else None
+def _lines(play: Play, text: str, before: str = "") -> str:
+    """Escaped text in which the names of speakers are set apart. ``before``: what stands before it on the page.
+
+    A name stands alone on a line with a colon. So may a line of verse: what follows another line must be the
+    name of somebody who speaks in the text.
+    """
+    above, _, begun = before.rpartition("\n")
+    above, parts = above.rpartition("\n")[2], []
+    for line in text.split("\n"):
+        name = not begun and re.fullmatch(r"[^\n:]{1,60}:", line)
+        name = name and (not above.strip() or line[:-1] in play.speakers)
         parts.append(f'<b class="who">{esc(line)}</b>' if name else esc(line))
+        above, begun = begun + line, ""
     return "\n".join(parts)
 
 
 def leaf(play: Play, answer: Answer) -> str:
     """The page with the prompt and its continuation, quotations marked, and where they stand under it."""
-    body, notes, before = [], [], answer.prompt
+    body, notes, before, quoted = [], [], answer.prompt, False
     for piece, span in play.source.segments(answer.text):
-        inner = _lines(piece, not before or before.endswith("\n"))
+        inner = _lines(play, piece, before)
+        before += piece
         if span is None:
             body.append(inner)
         else:
-            where = esc(span.place)
-            words = len(piece.split())
-            notes.append(f"<li><b>{where}</b> <span>{words} word{'s' * (words != 1)}</span></li>")
+            where, words, number = esc(span.place), len(piece.split()), ""
+            # What one quotation leaves of the next, a word or two, is marked and needs no note.
+            if words > 2 or not quoted:
+                notes.append(
+                    f"<li><b>{where}</b> <span>{words} word{'s' * (words != 1)}</span></li>"
+                )
+                number = f"<sup>{len(notes)}</sup>"
             # The blanks around it are not underlined, and the number stays on its last line.
             head, tail = re.match(r"\s*", inner)[0], re.search(r"\s*\Z", inner)[0]
             core = inner[len(head) : len(inner) - len(tail)]
-            body.append(f'{head}<mark title="{where}">{core}</mark><sup>{len(notes)}</sup>{tail}')
-        before = piece or before
+            body.append(f'{head}<mark title="{where}">{core}</mark>{number}{tail}')
+        quoted = span is not None
     caret = "" if answer.done else '<span class="caret"></span>'
-    prompt = _lines(answer.prompt, True)
+    prompt = _lines(play, answer.prompt)
     under = f'<ol class="places">{"".join(notes)}</ol>' if notes else ""
     if answer.done and not notes:
-        under = '<p class="places none">Nothing here is quoted: no eight tokens in a row stand in the text.</p>'
+        under = (
+            '<p class="places none">Nothing here is quoted: no run of eight tokens, about six words, stands in '
+            "the text.</p>"
+        )
     elif notes:
         under = f'<p class="places-head">Word for word in {esc(play.title)}</p>{under}'
     return (
@@ -355,26 +375,39 @@ def leaf(play: Play, answer: Answer) -> str:
     )
 
 
-def figures(*pairs: tuple[str, str]) -> str:
+def figures(*entries: tuple[str, ...]) -> str:
+    """Some numbers in a row: each a value, what it is and, shown to who points at it, what that means."""
     return (
         '<div class="figures">'
-        + "".join(f"<span><b>{esc(value)}</b> {esc(what)}</span>" for value, what in pairs)
+        + "".join(
+            f'<span title="{esc(" ".join(meaning))}"><b>{esc(value)}</b> {esc(what)}</span>'
+            for value, what, *meaning in entries
+        )
         + "</div>"
     )
 
 
-def answer_figures(play: Play, answer: Answer) -> str:
-    stats = answer.stats
-    pairs = [(f"{stats.tokens}", "tokens"), (f"{stats.tokens_per_second:.0f}", "tokens/s")]
-    if stats.first_token_seconds is not None:
-        pairs.append((f"{stats.first_token_seconds:.2f} s", "to the first"))
+def speeds(stats: GenerationStats) -> list[tuple[str, ...]]:
+    entries: list[tuple[str, ...]] = [(f"{stats.tokens_per_second:.0f}", "tokens/s")]
     if stats.proposed:
-        pairs.append((f"{stats.acceptance_rate:.0%}", "of guesses accepted"))
-    pairs += [
+        entries.append(
+            (
+                f"{stats.acceptance_rate:.0%}",
+                "of guesses accepted",
+                "What follows in the text is guessed, and the model judges many guesses in one pass",
+            )
+        )
+    return entries
+
+
+def answer_figures(play: Play, answer: Answer) -> str:
+    count = answer.stats.tokens
+    return figures(
+        (f"{count}", f"token{'s' * (count != 1)}", "A token is about ¾ of a word"),
+        *speeds(answer.stats),
         (f"{quoted_share(play.source, answer.text):.0%}", "quoted"),
         (f"{answer.seed}", "seed"),
-    ]
-    return figures(*pairs)
+    )
 
 
 def versus(play: Play, recital: Recital) -> str:
@@ -386,40 +419,38 @@ def versus(play: Play, recital: Recital) -> str:
         if recital.difference is None:
             marked, rest = [], ids[n:]
         # What it hears ends with a line; the blank before the next one is known too, and not shown.
-        text = _lines(decode(ids[:n]).lstrip("\n"), n > 0 and decode(ids[:1]).startswith("\n"))
+        said = decode(ids[:n])
+        text = said.lstrip("\n")
+        text = _lines(play, text, recital.given + said[: len(said) - len(text)])
         if marked:
             word = decode(marked)
             # A blank of its own would be an invisible mark.
             shown = word if word.strip() else word.replace("\n", "\u21b5\n").replace(" ", "\u2423")
             text += f'<mark class="wrong">{esc(shown)}</mark>'
         text += f'<span class="after">{esc(decode(rest))}</span>'
-        return f'<section class="{kind}"><h4>{heading}</h4><div class="leaf">{text}</div></section>'
+        return f'<section class="{kind}"><h3>{heading}</h3><div class="leaf">{text}</div></section>'
 
-    given = (
-        f'<div class="leaf heard"><span class="given">{_lines(recital.given, False)}</span></div>'
-    )
+    given = _lines(play, recital.given, "…" if recital.cut else "")
+    given = f'<div class="leaf heard"><span class="given">{"… " * recital.cut}{given}</span></div>'
     return (
-        f'<p class="places-head">It hears what leads up to line {recital.line:,}</p>{given}'
+        f'<p class="places-head">It hears the text up to and including line {recital.line:,}</p>{given}'
         f'<div class="versus">{side(recital.truth, "The original", "original")}'
         f"{side(recital.told, 'The model, from memory', 'recital')}</div>"
     )
 
 
 def recital_figures(recital: Recital) -> str:
-    stats, n = recital.stats, recital.matching
-    pairs = [(f"{n} of {len(recital.truth)}", "tokens word for word")]
+    n = recital.matching
+    entries = [(f"{n} of {len(recital.truth)}", "tokens word for word")]
     if recital.difference is not None:
-        pairs.append((f"token {n + 1}", "is the first that differs"))
+        entries.append((f"token {n + 1}", "is the first that differs"))
     elif recital.done and n == len(recital.truth):
-        pairs.append(("No", "difference"))
-    pairs.append((f"{stats.tokens_per_second:.0f}", "tokens/s"))
-    if stats.proposed:
-        pairs.append((f"{stats.acceptance_rate:.0%}", "of guesses accepted"))
-    return figures(*pairs)
+        entries.append(("No", "difference"))
+    return figures(*entries, *speeds(recital.stats))
 
 
 def notice(text: str, kind: str = "") -> str:
-    return f'<p class="notice {kind}">{esc(text)}</p>' if text else ""
+    return f'<p class="notice {kind}" role="status">{esc(text)}</p>' if text else ""
 
 
 def about(play: Play) -> str:
@@ -456,7 +487,7 @@ def about(play: Play) -> str:
         rows.append(("Note", "The training was not finished when these weights were exported."))
     rows.append(("Here", f"{cores()} CPU core{'s' * (cores() != 1)}. {play.reason}"))
     items = "".join(f"<dt>{esc(name)}</dt><dd>{esc(value)}</dd>" for name, value in rows)
-    return f'<div class="about"><h3>What this model is</h3><dl>{items}</dl></div>'
+    return f'<div class="about"><h2>What this model is</h2><dl>{items}</dl></div>'
 
 
 # ---------------------------------------------------------------------------- the look
@@ -520,16 +551,20 @@ class Folio(gr.themes.Base):
             block_info_text_color_dark=faded_night,
             input_background_fill="#fbf8f1",
             input_background_fill_dark="#1b1815",
+            input_border_width="1px",
             input_border_color=rule,
             input_border_color_dark=rule_night,
             input_border_color_focus="#b58a7d",
             input_border_color_focus_dark="#8a5a50",
+            input_placeholder_color=faded,
+            input_placeholder_color_dark=faded_night,
             input_shadow="none",
             input_shadow_focus="none",
             input_shadow_dark="none",
             input_shadow_focus_dark="none",
             slider_color=accent,
             slider_color_dark="#c9665a",
+            button_border_width="1px",
             button_primary_background_fill=accent,
             button_primary_background_fill_dark=accent_night,
             button_primary_background_fill_hover="#93403b",
@@ -556,13 +591,17 @@ CSS = """
   --ink: #2b2521; --faded: #6d6156; --rule: #e2d8c5; --sheet: #fffdf8; --accent: #7d2e2b;
   --gold: #f6e6b8; --gold-line: #c79a33; --wrong: #f3cfc6; --wrong-line: #a8332a; }
 .dark { --ink: #ece3d5; --faded: #ada08f; --rule: #3b342d; --sheet: #211d1a; --accent: #e0a296;
-  --gold: #4a3c1c; --gold-line: #c79a33; --wrong: #5a2b25; --wrong-line: #e58575; }
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+  --gold: #4a3c1c; --gold-line: #c79a33; --wrong: #5a2b25; --wrong-line: #e58575;
+  --color-accent: #e0a296 !important; }
+.gradio-container { width: 100%; max-width: 1120px !important; margin: 0 auto !important; }
+input:focus-visible, textarea:focus-visible { outline: 2px solid var(--accent) !important; outline-offset: 0; }
+footer .divider { display: none; }
 .masthead { text-align: center; padding: 18px 8px 6px; }
 .masthead h1 { font-family: var(--serif); font-weight: 600; font-size: clamp(30px, 5vw, 44px);
   letter-spacing: .01em; margin: 0; color: var(--ink); line-height: 1.15; }
 .masthead p { color: var(--faded); margin: 8px auto 0; max-width: 38em; font-size: 16px; line-height: 1.5; }
 .masthead hr { width: 72px; border: 0; border-top: 2px solid var(--accent); margin: 14px auto 0; }
+.masthead mark { color: var(--ink) !important; }
 .masthead mark, .leaf mark { background: var(--gold); color: inherit; border-bottom: 2px solid var(--gold-line);
   padding: 1px 0; border-radius: 2px; -webkit-box-decoration-break: clone; box-decoration-break: clone; }
 .prompt-box textarea { font-family: var(--serif) !important; font-size: 17px !important;
@@ -570,15 +609,17 @@ CSS = """
 .leaf { font-family: var(--serif); font-size: 17px; line-height: 1.72; white-space: pre-wrap;
   overflow-wrap: anywhere; color: var(--ink); background: var(--sheet); border: 1px solid var(--rule);
   border-radius: 4px; padding: 22px 26px; min-height: 180px; }
-.leaf .given { color: var(--faded); }
+.leaf .given { color: var(--faded); unicode-bidi: isolate; }
 .leaf .who { font-weight: 600; letter-spacing: .05em; font-size: .92em; color: var(--accent); }
 .leaf .given .who { opacity: .8; }
 .leaf mark .who { color: inherit; }
-.leaf sup { font-family: var(--font); font-size: 11px; font-weight: 600; color: var(--accent);
+.leaf sup { user-select: none; font-family: var(--font); font-size: 11px; font-weight: 600; color: var(--accent);
   padding: 0 2px; line-height: 0; }
 .leaf mark.wrong { background: var(--wrong); border-bottom-color: var(--wrong-line); font-weight: 600; }
 .leaf .after { color: var(--faded); }
-.leaf.heard { min-height: 0; padding: 14px 26px; font-size: 16px; }
+/* A long passage shows its end, and scrolls. */
+.leaf.heard { min-height: 0; max-height: 13em; overflow: auto; display: flex; flex-direction: column-reverse;
+  padding: 14px 26px; font-size: 16px; }
 .leaf.empty { color: var(--faded); font-style: italic; }
 .caret { display: inline-block; width: 2px; height: 1.05em; vertical-align: -3px; background: var(--accent);
   margin-left: 2px; animation: caret 1s steps(2) infinite; }
@@ -598,8 +639,8 @@ p.places.none { font-size: 14px; color: var(--faded); margin: 12px 2px 0; }
 .notice.bad { border-left-color: var(--wrong-line); }
 #line input { padding-right: 28px !important; text-overflow: ellipsis; }
 .versus { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; margin-top: 12px; }
-.versus h4 { font-size: 13px; letter-spacing: .04em; font-weight: 600; color: var(--faded); margin: 0 2px 6px; }
-.about h3 { font-family: var(--serif); font-size: 18px; font-weight: 600; margin: 4px 0 8px; color: var(--ink); }
+.versus h3 { font-size: 13px; letter-spacing: .04em; font-weight: 600; color: var(--faded); margin: 0 2px 6px; }
+.about h2 { font-family: var(--serif); font-size: 18px; font-weight: 600; margin: 4px 0 8px; color: var(--ink); }
 .about dl { margin: 0; font-size: 14px; line-height: 1.45; }
 .about dt { color: var(--faded); }
 .about dd { margin: 0 0 8px; color: var(--ink); overflow-wrap: anywhere; }
@@ -613,12 +654,10 @@ p.places.none { font-size: 14px; color: var(--faded); margin: 12px 2px 0; }
 { height: 0; margin-bottom: calc(-1 * var(--layout-gap)); }
 #note:has(.progress-text), #recital-note:has(.progress-text), #note > .wrap, #recital-note > .wrap
 { overflow: visible !important; z-index: 2; }
-#note .progress-text, #recital-note .progress-text { position: absolute; top: -10px; right: 14px;
+#note .progress-text, #recital-note .progress-text { position: absolute; top: -34px; right: 14px;
   font-family: var(--font); font-size: 13px; color: var(--faded); animation: arrive .1s .6s both; }
 @keyframes arrive { from { visibility: hidden; } to { visibility: visible; } }
 .dark input[type=range] { --neutral-200: #4a423a; }
-.dark button[role=tab][aria-selected=true] { color: var(--accent) !important; }
-.dark button[role=tab][aria-selected=true]::after { background: var(--accent) !important; }
 @media (max-width: 640px) {
   .gradio-container button[role=tab] { font-size: 14px; padding: 0 9px; }
   .gradio-container { padding: 8px !important; }
@@ -664,8 +703,7 @@ def build(folder: str | os.PathLike = HERE) -> gr.Blocks:
         else:
             with gr.Tab("Write on", id="write"):
                 _writing(play)
-            thing = "play" if play.title in TITLES.values() else "text"
-            with gr.Tab(f"How well does it know the {thing}?", id="recite"):
+            with gr.Tab("Recite from memory", id="recite"):
                 _reciting(play)
         _endpoints(play, trouble)
     demo.queue(max_size=WAITING, default_concurrency_limit=AT_ONCE, api_open=False)
@@ -675,8 +713,9 @@ def build(folder: str | os.PathLike = HERE) -> gr.Blocks:
 def _masthead(play: Play | None) -> str:
     line = "A GPT-2 that has learnt a play by heart."
     if play is not None:
+        what = TITLES.get(play.text.sha256, ("", ""))[1]
         line = (
-            f"A GPT-2 that has learnt {esc(play.title)} by heart. Give it a beginning: "
+            f"A GPT-2 that has learnt {esc(play.title)}{f', {what},' if what else ''} by heart. Give it a beginning: "
             "<mark>what it quotes is marked</mark>, what it invents is not."
         )
     return f'<header class="masthead"><h1>Shakespeare GPT</h1><p>{line}</p><hr></header>'
@@ -697,7 +736,6 @@ def _job(request: gr.Request, tab: str, answers: Callable, show: Callable) -> It
     if key in running:
         running[key].set()
     running[key] = stop
-    figures = gr.skip()
     try:
         yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
         with contextlib.closing(answers(stop.is_set)) as growing:
@@ -707,7 +745,7 @@ def _job(request: gr.Request, tab: str, answers: Callable, show: Callable) -> It
         if stop.is_set():
             said = notice("Stopped.")
     except ValueError as error:
-        figures, said = "", notice(str(error), "bad")
+        said = notice(str(error), "bad")
     except Exception:
         traceback.print_exc()
         said = notice("The machine behind this page could not go on. Try again.", "bad")
@@ -716,7 +754,7 @@ def _job(request: gr.Request, tab: str, answers: Callable, show: Callable) -> It
         if alone:
             del running[key]
     if alone:
-        yield gr.skip(), figures, said, gr.update(interactive=False)
+        yield gr.skip(), gr.skip(), said, gr.update(interactive=False)
 
 
 def _stopper(tab: str) -> Callable:
@@ -744,7 +782,7 @@ def _writing(play: Play) -> None:
         beginnings = []
         for i in whole or starts:
             end = i + 12
-            while decode(ids[end : end + 1])[:1].isalpha():
+            while (following := decode(ids[end : end + 1])[:1]).isalpha() or following == ":":
                 end += 1
             beginnings.append(decode(ids[i:end]).strip("\ufffd"))  # halves of a character
         beginnings = spread([b for b in beginnings if b[:1].isupper()] or beginnings, 5)
@@ -790,7 +828,7 @@ def _writing(play: Play) -> None:
                 )
                 temperature = gr.Slider(
                     0.0,
-                    2.0,
+                    HOTTEST,
                     0.8,
                     step=0.05,
                     label="Temperature",
@@ -849,10 +887,12 @@ def _writing(play: Play) -> None:
 
 def _reciting(play: Play) -> None:
     speeches = play.speeches()
-    choices = [
-        (f"{who + ', ' if who else ''}line {line:,}: {words[:60]}", line)
-        for who, line, words in spread(speeches, 24)
-    ]
+
+    def choice(who: str, line: int, words: str) -> tuple[str, int]:
+        words = words if len(words) <= 60 else words[:60].rpartition(" ")[0] + " …"
+        return f"{who + ', ' if who else ''}line {line:,}: {words}", line
+
+    choices = [choice(*speech) for speech in spread(speeches, 24)]
     with gr.Row(equal_height=True):
         line = gr.Dropdown(
             choices,
@@ -886,7 +926,11 @@ def _reciting(play: Play) -> None:
         )
 
     def on_surprise(tokens, request: gr.Request):
-        yield from on_recite(random.SystemRandom().choice(speeches)[1], tokens, request)
+        drawn = choice(*random.SystemRandom().choice(speeches))
+        listed = sorted({*choices, drawn}, key=lambda entry: entry[1])
+        yield (*[gr.skip()] * len(outputs), gr.update(choices=listed, value=drawn[1]))
+        for update in on_recite(drawn[1], tokens, request):
+            yield (*update, gr.skip())
 
     outputs = [page, numbers, note, halt]
     options = {
@@ -896,7 +940,7 @@ def _reciting(play: Play) -> None:
         **MODEL,
     }
     go.click(on_recite, [line, tokens], outputs, **options)
-    surprise.click(on_surprise, [tokens], outputs, **options)
+    surprise.click(on_surprise, [tokens], [*outputs, line], **options)
     halt.click(
         _stopper("recite"),
         None,

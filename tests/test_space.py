@@ -37,7 +37,8 @@ from tiny_play import tiny_checkpoint  # noqa: E402
 
 from shakespeare_gpt import export  # noqa: E402
 from shakespeare_gpt.data import TINY_SHAKESPEARE_SHA256, Text, load_text  # noqa: E402
-from shakespeare_gpt.tokenizer import encode  # noqa: E402
+from shakespeare_gpt.recite import Span  # noqa: E402
+from shakespeare_gpt.tokenizer import decode, encode  # noqa: E402
 
 # ---------------------------------------------------------------------------- a server and a browser
 
@@ -225,7 +226,7 @@ def screenshots(folder: Path, out: Path):
                 wait_for(driver, lambda d: finished(d, "#stop"), "the end of the answer")
                 whole_page(driver, out / f"{kind}-{theme}-write.png", width)
                 set_width(driver, width, 900)
-                open_tab(driver, "How well")
+                open_tab(driver, "Recite")
                 click(driver, "#recite")
                 wait_for(
                     driver,
@@ -434,8 +435,8 @@ def test_stop_ends_the_text_of_its_own_tab(app):
 
 def test_titles_go_by_the_text_not_by_the_name_of_its_file(app, play):
     """Tiny Shakespeare is often saved as input.txt, and so is anybody's own text."""
-    assert app.TITLES[load_text("input").sha256] == "The Warden of Skerrow"
-    assert app.TITLES[TINY_SHAKESPEARE_SHA256] == "Tiny Shakespeare"
+    assert app.TITLES[load_text("input").sha256][0] == "The Warden of Skerrow"
+    assert app.TITLES[TINY_SHAKESPEARE_SHA256][0] == "Tiny Shakespeare"
     other = app.Play(play.model, play.text, {"text_name": "input"}, "")
     assert other.title == "input"
 
@@ -507,6 +508,44 @@ def test_any_line_can_be_asked_for(app, play, line):
     recital = last(app.recite_line(play, line, 1e9))
     assert 1 <= len(recital.told) <= app.MAX_RECITAL
     app.versus(play, recital).encode("utf-8")
+
+
+def test_the_last_window_is_asked_from_where_it_was_learnt(app, play):
+    """The last window is moved back to be whole, and is known from its own start only."""
+    fixed = app.Play(play.model, play.text, {"windows": "fixed"}, "")
+    ids, n = play.text.ids.tolist(), play.model.config.n_positions
+    line = len(fixed.lines) - 2
+    recital, end = last(app.recite_line(fixed, line, 5)), fixed.after(line)
+    assert (end - 1) // n * n > len(ids) - 1 - n  # in what the others leave over
+    assert recital.given == decode(ids[len(ids) - 1 - n : end])
+    assert recital.cut != recital.given.startswith("\n") and recital.truth == ids[end : end + 5]
+    first = last(app.recite_line(fixed, 2, 5))
+    assert not first.cut and ">… " not in app.versus(fixed, first)
+    first.cut = True
+    assert ">… " in app.versus(fixed, first)
+
+
+def test_a_line_of_verse_with_a_colon_is_no_speaker(app, play):
+    """Twenty-six lines of the play were shown as names."""
+
+    def names(text, before=""):
+        return re.findall('<b class="who">(.*?)</b>', app._lines(play, text, before))
+
+    assert names("Nobody:\nI come\nwith three:\nOne.\n\nA stranger:\nFirst Fisher:\n") == [
+        "Nobody:", "A stranger:", "First Fisher:",
+    ]  # fmt: skip
+    assert names("three:", "I come with ") == names("with three:", "I come\n") == []
+    assert names("A stranger:", "I come.\n\n") == ["A stranger:"]
+    assert names("Ennor:", "I come.\n") == ["Ennor:"]
+
+
+def test_what_one_quotation_leaves_of_the_next_gets_no_note(app, play, monkeypatch):
+    """A list of quotations of one word each looked like an error."""
+    spans = [Span(0, 20, 0, "Ennor", 1), Span(20, 24, 9, "", 7), Span(30, 40, 9, "", 8)]
+    monkeypatch.setattr(play.source, "spans", lambda generated: spans)
+    page = app.leaf(play, app.Answer("", 1, text="word " * 10, done=True))
+    assert page.count("<mark") == 3 and page.count("<sup>") == page.count("<li>") == 2
+    assert "line 7" in page and "<li><b>line 7" not in page
 
 
 def test_lines_to_choose_are_spread_over_the_text(app, play):
@@ -658,7 +697,7 @@ def test_in_a_browser(address):
         wait_for(driver, lambda d: "20 tokens" in text_of(d, "#figures"), "the figures")
 
         driver.execute_script(
-            "for (const [e, v] of [['#length', 400], ['#temperature', 2]]) { "
+            "for (const [e, v] of [['#length', 400], ['#temperature', 1.5]]) { "
             "const box = document.querySelector(e + ' input[type=number]'); box.value = v; "
             "box.dispatchEvent(new Event('input', {bubbles: true})); "
             "box.dispatchEvent(new Event('change', {bubbles: true})); }"
@@ -692,7 +731,7 @@ def test_in_a_browser(address):
         assert not driver.find_elements("css selector", "#page img, #page script")
         assert driver.execute_script("return window.intruder") == 0
 
-        open_tab(driver, "How well")
+        open_tab(driver, "Recite")
         click(driver, "#recite")
         wait_for(driver, lambda d: "word for word" in text_of(d, "#recital-figures"), "the recital")
         wait_for(driver, lambda d: finished(d, "#stop-recital"), "the end of the recital")
@@ -701,12 +740,25 @@ def test_in_a_browser(address):
         before = text_of(driver, "#recital")
         click(driver, "#surprise")
         wait_for(driver, lambda d: text_of(d, "#recital") != before, "another line")
+        wait_for(driver, lambda d: finished(d, "#stop-recital"), "the end of the surprise")
+        number = re.search(r"including line ([\d,]+)", text_of(driver, "#recital"))[1]
+        chosen = driver.find_element("css selector", "#line input").get_attribute("value")
+        assert f"line {number}:" in chosen  # the surprise can be repeated, and lengthened
+        before = text_of(driver, "#recital")
+        click(driver, "#recite")
+        wait_for(driver, lambda d: not finished(d, "#stop-recital"), "that it recites again")
+        wait_for(driver, lambda d: finished(d, "#stop-recital"), "the end of that")
+        assert not text_of(driver, "#recital-note").strip()
+        assert text_of(driver, "#recital") == before
 
         set_width(driver, 390, 844)
         open_page(driver, address, "dark")
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
         assert "dark" in driver.execute_script("return document.body.className")
-        open_tab(driver, "How well")
+        open_tab(driver, "Recite")
+        set_width(driver, 360, 780)  # where the second tab had gone
+        open_page(driver, address)
+        open_tab(driver, "Recite")
 
 
 @needs_browser
