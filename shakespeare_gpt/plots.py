@@ -218,11 +218,8 @@ def learning_gif(moments: list[tuple[int, str]], prompt: str, truth: str, name: 
         for i, line in enumerate(lines[:rows]):
             y, x = 1 - (0.8 + 0.3 * i) / height, 0.04
             for piece, colour in _coloured(line, at, len(prompt), len(prompt) + right):
-                shown = fig.text(
-                    x, y, piece, fontsize=12, color=colour, va="top", family="monospace"
-                )
-                box = shown.get_window_extent(fig.canvas.get_renderer())
-                x = fig.transFigure.inverted().transform((box.x1, 0))[0] if piece.strip() else x
+                fig.text(x, y, piece, fontsize=12, color=colour, va="top", family="monospace")
+                x += 0.0125 * len(piece)  # of a monospaced font, so that blanks count too
             at += len(line) + 1
         fig.canvas.draw()
         frames.append(Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3].copy()))
