@@ -716,7 +716,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(piece, end="", flush=True)
         print()
     except BrokenPipeError:  # `| head` has seen enough; Python's last flush must not complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 1
     except (CheckpointError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
