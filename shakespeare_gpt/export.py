@@ -326,7 +326,7 @@ def learnt_text(meta: dict[str, Any], source: str | os.PathLike | None = None) -
         limit = preset.max_tokens if preset is not None and name == preset.text else None
     elif not chosen:
         chosen = Path(f"{name}.txt").absolute()
-        if Path(name).name != name or not chosen.is_file() or "text_sha256" not in meta:
+        if Path(name).name != name or not chosen.is_file() or not meta.get("text_sha256"):
             raise ExportError(
                 f"The weights learnt a text called {name!r}: name its file with --text or in {TEXT_VARIABLE}."
             )
