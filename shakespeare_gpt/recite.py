@@ -235,7 +235,7 @@ class Source:
         self._hashed = hashes[self._order]
         self._lines = [match.end() for match in re.finditer("\n", self.text)]
         names = list(SPEAKER.finditer(self.text))
-        self._speakers = [match[1] for match in names]
+        self.speakers = [match[1] for match in names]  # of each speech, in the order of the text
         self._speeches = [match.start(1) for match in names]
 
     def _hashes(self, ids: np.ndarray) -> np.ndarray:
@@ -330,7 +330,7 @@ class Source:
             low,
             high,
             low + shift,
-            self._speakers[speech] if speech >= 0 else "",
+            self.speakers[speech] if speech >= 0 else "",
             bisect.bisect_right(self._lines, first) + 1,
         )
 

@@ -106,7 +106,6 @@ class Play:
         sizes = np.array([len(token_bytes(i)) for i in self.text.ids.tolist()], dtype=np.int64)
         self.edges = np.concatenate([[0], np.cumsum(sizes)])  # bytes before each token
         self.lines = self.text.text.split("\n")
-        self.speakers = {match[1] for match in SPEECH.finditer(self.text.text)}
         self.line_ends = np.cumsum([len(line.encode("utf-8")) + 1 for line in self.lines]) - 1
         self._worker = one_thread()
 
@@ -333,7 +332,7 @@ def _lines(play: Play, text: str, before: str = "") -> str:
     above, parts = above.rpartition("\n")[2], []
     for line in text.split("\n"):
         name = not begun and re.fullmatch(r"[^\n:]{1,60}:", line)
-        name = name and (not above.strip() or line[:-1] in play.speakers)
+        name = name and (not above.strip() or line[:-1] in play.source.speakers)
         parts.append(f'<b class="who">{esc(line)}</b>' if name else esc(line))
         above, begun = begun + line, ""
     return "\n".join(parts)

@@ -233,7 +233,7 @@ def test_a_line_that_ends_in_a_colon_is_no_speaker(source):
     """Guards against "it stopped beside our gate, and then it said:" as the name of a character."""
     (span,) = check(source, "Good morrow, good my neighbour, are you in?")
     assert span.speaker == "OLD TOBIAS"
-    assert set(source._speakers) == {"MARGERY", "OLD TOBIAS", "SECOND SAILOR"}
+    assert set(source.speakers) == {"MARGERY", "OLD TOBIAS", "SECOND SAILOR"}
 
 
 def test_a_span_that_begins_with_white_space_belongs_to_what_follows(source):
