@@ -49,9 +49,15 @@ def encode(text: str) -> list[int]:
 
     ``<|endoftext|>`` inside a text is thirteen ordinary characters here, never the special token: what a
     reader types must not be able to forge a control sign. Half of a surrogate pair, which UTF-8 cannot hold,
-    becomes U+FFFD.
+    becomes U+FFFD. Raises ValueError for more white space in a row than the pattern can match (hundreds of
+    thousands of characters).
     """
-    return get_encoding().encode_ordinary(text)
+    try:
+        return get_encoding().encode_ordinary(text)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # how tiktoken's Rust reports a full stack
+            raise
+        raise ValueError("The text holds too much white space in a row: remove it.") from None
 
 
 def decode(ids: Iterable[int]) -> str:

@@ -158,14 +158,13 @@ def train(
         saved, clean = time.monotonic(), False
         try:
             while True:
-                step = run.advance()
-                if step.done:
-                    run.save(finished=True)
-                    saved = time.monotonic()
-                elif time.monotonic() - saved > save_every:
-                    run.save()
+                due = time.monotonic() - saved > save_every
+                step = run.advance(save=due)
+                if due:
                     saved = time.monotonic()
                 clean = step.done
+                if clean:
+                    run.save(finished=True)
                 yield step
                 if step.done:
                     return
@@ -239,7 +238,8 @@ class _Run:
 
     # --- one step -----------------------------------------------------------------------------------
 
-    def advance(self) -> Step:
+    def advance(self, save: bool = False) -> Step:
+        """One update. With ``save`` the weights before it are saved first, once their loss has proved them good."""
         began = time.perf_counter()
         config, step = self.config, self.step
         lr = learning_rate(step, self.schedule_steps, config)
@@ -260,6 +260,10 @@ class _Run:
             dist.all_reduce(loss)
         loss_value, norm_value = torch.stack((loss, norm)).tolist()
         self._check(loss_value, norm_value)  # before the update, so that the weights stay good
+        if save and self.step > self.saved:
+            paused = time.perf_counter()
+            self.save()
+            began += time.perf_counter() - paused
         self.sound = False
         # In fp16 a gradient may overflow. The scaler would leave out only the optimiser that owns it, and the
         # other would take the gradients that clipping by a norm of NaN has spoiled: all move, or none.
