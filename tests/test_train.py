@@ -202,7 +202,8 @@ def test_killed_between_two_saves(tmp_path, whole):
                 copy.write_bytes(path.read_bytes())
             if step.step == 29:
                 break
-    assert load_checkpoint(copy)["step"] == 19  # weights are saved when the next step has proved them
+    # Weights are saved when the next step has proved them.
+    assert load_checkpoint(copy)["step"] == 19
     assert_same_run(run(checkpoint=copy), whole)
 
 
