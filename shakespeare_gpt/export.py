@@ -441,8 +441,8 @@ def push(
             raise ExportError(f"Hugging Face refused the token{said} for {name}: {need}") from None
         if status == 402:
             raise ExportError(
-                f"Hugging Face wants a paid plan for {name}{said}: without one an account may have two Gradio "
-                f"Spaces, on ZeroGPU. Delete one, or show yours from here: python {folder / 'app.py'}"
+                f"Hugging Face wants a paid plan for {name}{said}: without one an account older than 30 days "
+                f"may have two Gradio Spaces, on ZeroGPU. Delete one, or show yours from here: python {folder / 'app.py'}"
             ) from None
         raise ExportError(
             f"Hugging Face did not take {name}{said}: try again, or upload by hand (notebook 05)."
@@ -475,7 +475,8 @@ def _create(api: Any, name: str, private: bool) -> None:
     """Make the Space, unless there is one of that name: on a plain CPU, else on ZeroGPU.
 
     Since July 2026 Hugging Face answers 402 to a free account that asks for a Gradio Space on a CPU, but lets
-    it have two on ZeroGPU (https://huggingface.co/docs/hub/spaces-overview), whose CPU is enough for us.
+    it have two on ZeroGPU once it is 30 days old (https://huggingface.co/docs/hub/spaces-zerogpu), whose CPU
+    is enough for us.
     """
     from huggingface_hub.errors import HfHubHTTPError
 

@@ -129,7 +129,10 @@ class GPT(nn.Module):
     """GPT-2: token ids in, a score for each of the 50,257 possible next tokens out."""
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
-        """Random weights as GPT-2's, drawn from ``generator`` (a fixed seed 0 where there is none)."""
+        """Random weights as large as GPT-2's, drawn from ``generator`` (a fixed seed 0 where there is none).
+
+        The position table's are those of transformers (0.02); OpenAI's code had 0.01 there.
+        """
         super().__init__()
         self.config = config
         with torch.device("meta"):  # so that torch's own initialisation draws no random numbers
