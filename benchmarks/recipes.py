@@ -132,10 +132,13 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|--:|--:|---|")
     rows, ended = [], 0
     while ended < args.workers:
+        alive = any(
+            worker.is_alive() for worker in workers
+        )  # before: its last row may come meanwhile
         try:
             row = results.get(timeout=10)
         except queue.Empty:
-            if any(worker.is_alive() for worker in workers):
+            if alive:
                 continue
             break  # killed, without a last word
         if row is None:

@@ -90,13 +90,16 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise TextError(f"{path} cannot be read: {error.strerror}.") from None
     try:
-        text = re.sub("\r+\n", "\n", raw.decode("utf-8-sig"))
+        text = re.sub("\r+\n", "\n", raw.decode("utf-8").lstrip("\ufeff"))
     except UnicodeDecodeError as error:
         raise TextError(
             f"{path} is not UTF-8 (byte {error.start}): save it again with the encoding UTF-8."
         ) from None
     if not text.strip():
         raise TextError(f"{path} is empty: put the text to learn into it.")
+    # The tokenizer's pattern fails at about a million, in the middle of tiktoken's Rust.
+    if max(map(len, re.findall(r"\s+", text)), default=0) > 100_000:
+        raise TextError(f"{path} holds more than 100,000 blanks in a row: remove them.")
     return text
 
 
@@ -114,7 +117,7 @@ def tiny_shakespeare() -> Path:
             raise TextError(
                 f"{SOURCE_VARIABLE} names {path}, which is no file: correct or unset it."
             )
-        if _sha256(path) != TINY_SHAKESPEARE_SHA256:
+        if _sha256(path, f"correct or unset {SOURCE_VARIABLE}") != TINY_SHAKESPEARE_SHA256:
             raise TextError(
                 f"{SOURCE_VARIABLE} names {path}, which is not Tiny Shakespeare (its SHA-256 differs): "
                 "to learn another text, use --text or SHAKESPEARE_GPT_TEXT."
@@ -123,19 +126,18 @@ def tiny_shakespeare() -> Path:
     folder = os.environ.get(CACHE_VARIABLE)
     cache = Path(folder).expanduser() if folder else Path.home() / ".cache" / "shakespeare_gpt"
     path = cache / "tinyshakespeare.txt"
-    if path.is_file() and _sha256(path) == TINY_SHAKESPEARE_SHA256:
+    remedy = f"set {CACHE_VARIABLE} to a folder of your own"
+    if path.is_file() and _sha256(path, remedy) == TINY_SHAKESPEARE_SHA256:
         return path
     _download(source or TINY_SHAKESPEARE_URL, path)
     return path
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, remedy: str) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise TextError(
-            f"{path} cannot be read ({error.strerror}): set {CACHE_VARIABLE} to a folder of your own."
-        ) from None
+        raise TextError(f"{path} cannot be read ({error.strerror}): {remedy}.") from None
 
 
 def _download(url: str, path: Path, timeout: float = 20.0) -> None:

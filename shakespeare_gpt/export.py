@@ -32,7 +32,7 @@ from shakespeare_gpt.checkpoint import (
 )
 from shakespeare_gpt.data import REPOSITORY, Text, load_text
 from shakespeare_gpt.model import GPT
-from shakespeare_gpt.tokenizer import END_OF_TEXT, VOCAB_SIZE, token_bytes
+from shakespeare_gpt.tokenizer import END_OF_TEXT, VOCAB_SIZE, token_bytes, utf8_output
 
 PACKAGE = Path(__file__).resolve().parent
 SPACE = REPOSITORY / "space"  # app.py, README.md, requirements.txt
@@ -319,17 +319,17 @@ def learnt_text(meta: dict[str, Any], source: str | os.PathLike | None = None) -
     from shakespeare_gpt.presets import PRESETS, TEXT_VARIABLE
 
     name = str(meta.get("text_name", "input"))
-    chosen, limit = source or os.environ.get(TEXT_VARIABLE), None
+    chosen = source or os.environ.get(TEXT_VARIABLE)
     if not chosen and name in ("input", "tinyshakespeare"):
-        preset = PRESETS.get(str(meta.get("preset")))
         chosen = name
-        limit = preset.max_tokens if preset is not None and name == preset.text else None
     elif not chosen:
         chosen = Path(f"{name}.txt").absolute()
         if Path(name).name != name or not chosen.is_file() or not meta.get("text_sha256"):
             raise ExportError(
                 f"The weights learnt a text called {name!r}: name its file with --text or in {TEXT_VARIABLE}."
             )
+    preset = PRESETS.get(str(meta.get("preset")))
+    limit = preset.max_tokens if preset is not None and chosen == preset.text else None
     text = load_text(chosen, context=1, max_tokens=limit)
     if meta.get("text_sha256") not in (None, text.sha256):
         raise ExportError(
@@ -365,7 +365,7 @@ def stage_space(
             f"{missing[0]} is missing: stage a Space from a complete clone of the repository."
         )
     _refuse_foreign(folder, {*ours, "model.safetensors", "text.txt", ".gitattributes"})
-    model, meta = load_model(checkpoint)
+    model, meta = load_model(checkpoint, vocab_size=VOCAB_SIZE)
     if not isinstance(text, Text):
         text = learnt_text(meta, text)
     elif meta.get("text_sha256") not in (None, text.sha256):
@@ -544,10 +544,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             "say what to make: --safetensors, --transformers, --stage or --push (see --help)"
         )
+    utf8_output()
     try:
         _run(args)
     except (OSError, RuntimeError, ValueError) as error:  # our own errors are among these
-        print(f"export: {error}", file=sys.stderr)
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"export: {line}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print()

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shakespeare_gpt.model import GPT, KVCache
-from shakespeare_gpt.tokenizer import END_OF_TEXT, VOCAB_SIZE, StreamDecoder, encode
+from shakespeare_gpt.tokenizer import END_OF_TEXT, VOCAB_SIZE, StreamDecoder, encode, utf8_output
 
 NEWLINE = (
     198  # the id of "\n": what stands before the first line of a text, for a prompt of nothing
@@ -700,13 +700,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     knobs = {k: v for k, v in vars(options).items() if k not in ("prompt", "weights")}
     prompt = options.prompt.replace("\\n", "\n")
-    # Into a file or pipe Windows would write in its own code page.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")
+    utf8_output()
     try:
         weights = chosen_weights(options.weights)
         model, meta = load_model(weights, vocab_size=VOCAB_SIZE)
-        about = {k: meta[k] for k in ("preset", "text_name", "steps", "loss") if k in meta} | knobs
+        known = {k: meta.get(k) for k in ("preset", "text_name", "steps", "loss")}
+        about = {k: v for k, v in known.items() if v is not None} | knobs
         print("#", " ".join(f"{k}={v}" for k, v in about.items()), file=sys.stderr, flush=True)
         pieces = stream_text(
             model, prompt, **knobs

@@ -18,6 +18,7 @@ from shakespeare_gpt.data import Text
 from shakespeare_gpt.export import learnt_text
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import Preset, checkpoint_path, get_preset, start
+from shakespeare_gpt.tokenizer import VOCAB_SIZE
 from shakespeare_gpt.train import TARGET, History, Step, default_device, progress_line
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2b5c8a", "#d97b29", "#3c8d5a", "#b5383a", "#8a8a8a"
@@ -151,7 +152,7 @@ def trained_model(preset: Preset | None = None, device=None) -> tuple[GPT, Text,
     preset = preset or get_preset()
     device = device or default_device()
     if given := os.environ.get(WEIGHTS_VARIABLE):
-        model, meta = load_model(given, device)
+        model, meta = load_model(given, device, vocab_size=VOCAB_SIZE)
         return model, learnt_text(meta), meta
     text = preset.load_text()
     path = checkpoint_path(preset, text)

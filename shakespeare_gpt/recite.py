@@ -23,7 +23,7 @@ from torch import Tensor
 from shakespeare_gpt.data import Text, windows
 from shakespeare_gpt.generate import CachedReader
 from shakespeare_gpt.model import GPT
-from shakespeare_gpt.tokenizer import VOCAB_SIZE, encode, token_bytes
+from shakespeare_gpt.tokenizer import VOCAB_SIZE, encode, token_bytes, utf8_output
 
 # ---------------------------------------------------------------------------- how well it is known
 
@@ -410,6 +410,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
     options = parser.parse_args(arguments)
+    utf8_output()
     try:
         weights = chosen_weights(options.weights)
         device = default_device(options.device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import codecs
 import functools
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,20 +50,20 @@ def encode(text: str) -> list[int]:
 
     ``<|endoftext|>`` inside a text is thirteen ordinary characters here, never the special token: what a
     reader types must not be able to forge a control sign. Half of a surrogate pair, which UTF-8 cannot hold,
-    becomes U+FFFD. Raises ValueError for more white space in a row than the pattern can match (hundreds of
-    thousands of characters).
+    becomes U+FFFD.
     """
-    try:
-        return get_encoding().encode_ordinary(text)
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # how tiktoken's Rust reports a full stack
-            raise
-        raise ValueError("The text holds too much white space in a row: remove it.") from None
+    return get_encoding().encode_ordinary(text)
 
 
 def decode(ids: Iterable[int]) -> str:
     """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
     return get_encoding().decode(list(ids), errors="replace")
+
+
+def utf8_output() -> None:
+    """Let standard output take any text: into a file or pipe Windows would write in its own code page."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8")
 
 
 def token_bytes(token: int) -> bytes:

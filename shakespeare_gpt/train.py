@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import math
 import os
 import platform
@@ -37,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from shakespeare_gpt.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from shakespeare_gpt.data import windows
 from shakespeare_gpt.model import GPT
+from shakespeare_gpt.tokenizer import utf8_output
 
 TARGET = 0.099999  # nats per token
 
@@ -449,7 +451,7 @@ class _Run:
         if self.checkpoint is None or self.rank != 0:
             return
         history = self.history
-        text = history.text[-1][1] if history.text else None
+        measured, text = history.text[-1] if history.text else (None, None)
         state = {
             "model": self.model.state_dict(),
             "config": asdict(self.model.config),
@@ -463,7 +465,9 @@ class _Run:
                 "steps": self.step,
                 "tokens": history.tokens,
                 "passes": round(history.tokens / len(self.ids), 3),
-                "loss": text,
+                "loss": text
+                if measured == self.step
+                else None,  # of these weights, not of earlier ones
                 "target": self.config.target,
                 "first_batch_step": history.first_batch,
                 "parameters": self.model.num_parameters(),
@@ -509,7 +513,8 @@ class _Run:
         if state["finished"]:
             self.model.eval()
             value = self.history.text[-1][1] if self.history.text else None
-            step = self._report(self.history.losses[-1], self.config.final_lr, value)
+            lr = learning_rate(self.step - 1, self.schedule_steps, self.config)
+            step = self._report(self.history.losses[-1], lr, value)
             return replace(step, resumed=True)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -924,7 +929,8 @@ def _interruptible():
 def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any]) -> Iterator[Step]:
     """Pass the steps on and write them to a log: a head that names the run, then every tenth step.
 
-    A resumed run writes on where the log stopped; one that starts over keeps the earlier log as ``.old.log``.
+    A resumed run writes on where the log stopped; one that starts over keeps the earlier log as ``.old.log``
+    (``.old2.log``, and so on).
     Each line: ``step | loss | best | lr | tokens/s``.
     """
     path = Path(path)
@@ -935,15 +941,22 @@ def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any])
                 yield step  # the run had ended before, and its log says so
                 continue
             if head is not None:
+                lines = [f"# {key}: {value}\n" for key, value in head.items()]
                 if step.step <= 1 or file.tell() == 0:
                     # An earlier run's weights stay until this one's first save, so its log does too.
                     if file.tell():
-                        shutil.copyfile(path, path.with_suffix(".old.log"))
+                        numbers = itertools.chain([""], itertools.count(2))
+                        names = (path.with_suffix(f".old{n}.log") for n in numbers)
+                        shutil.copyfile(path, next(name for name in names if not name.exists()))
                     file.seek(0)
                     file.truncate()
-                    file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+                    file.writelines(lines)
                     file.write("step | loss | best | lr | tokens/s\n")
                 elif not step.done:
+                    # The log may be that of a restart which failed, beside the run that goes on.
+                    there = path.read_text(encoding="utf-8")
+                    if not all(line in there for line in lines if line.startswith("# settings")):
+                        file.writelines(lines)
                     file.write(f"# resumed at step {step.step}\n")
                 head = None
             if step.step % 10 == 0 or step.done:
@@ -1061,6 +1074,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
 
+    utf8_output()
     # As torchrun sets them.
     distributed = os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"}
     if distributed:
@@ -1108,7 +1122,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"Interrupted. Saved checkpoint to {path}; the same command{without} goes on from there."
             )
         else:
-            say("Interrupted before the first step.")
+            kept = "" if earlier is None else f"; {path} is as it was"
+            say(f"Interrupted: nothing new was saved{kept}.")
         return 130
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         # Our own errors are among these, and what torch raises for a device that is not there or is full.

@@ -49,6 +49,7 @@ MAX_PROMPT = 2_000  # characters; the model sees at most its context of them any
 MAX_LENGTH = 400  # tokens in one answer
 MAX_RECITAL = 200
 HOTTEST = 1.5  # temperature: above it all of GPT-2's vocabulary comes up, and not only a play's
+WIDEST = 200  # top-k
 GIVEN = 32  # tokens of the text that it hears before it recites, as in recite.exact_recall
 AT_ONCE = 2  # answers that are written at the same time, taking turns; one alone would leave gaps
 WAITING = 16  # requests that may wait; whoever comes after them is told so
@@ -140,10 +141,10 @@ class Play:
 
     def speeches(self) -> list[tuple[str, int, str]]:
         """(speaker, line number, the line): the first line of each speech; in prose every line."""
-        found = [
-            (m[1], self.text.text.count("\n", 0, m.start(2)) + 1, m[2].strip())
-            for m in SPEECH.finditer(self.text.text)
-        ]
+        found, line, at = [], 1, 0
+        for m in SPEECH.finditer(self.text.text):
+            line, at = line + self.text.text.count("\n", at, m.start(2)), m.start(2)
+            found.append((m[1], line, m[2].strip()))
         if len(found) < 2:
             found = [("", n, line.strip()) for n, line in enumerate(self.lines, 1) if line.strip()]
         last = len(self.lines) - 3  # something must be left to recite
@@ -229,7 +230,7 @@ def continue_prompt(
 ) -> Iterator[Answer]:
     """Write on from a prompt; yields the same growing Answer, at once at the first token, then by the clock.
 
-    Every input is checked and clamped here, whoever sent it. ``stopped`` is asked before each token. Raises
+    Every input is checked and clamped here, whoever sent it. ``stopped`` is asked after each piece. Raises
     ValueError with a line for the reader.
     """
     answer = Answer(check_prompt(prompt), seed=random.SystemRandom().randrange(2**31))
@@ -240,7 +241,7 @@ def continue_prompt(
         answer.prompt,
         max_new_tokens=int(number(length, 1, MAX_LENGTH, 160)),
         temperature=number(temperature, 0.0, HOTTEST, 0.8),
-        top_k=int(number(top_k, 0, 1000, 0)),
+        top_k=int(number(top_k, 0, WIDEST, 0)),
         top_p=number(top_p, 0.01, 1.0, 1.0),
         seed=answer.seed,
         draft=play.draft,
@@ -723,6 +724,7 @@ def _masthead(play: Play | None) -> str:
 MODEL = {"concurrency_id": "model", "concurrency_limit": AT_ONCE}
 # By browser session and tab: what the Stop button there sets.
 running: dict[tuple[str, str], threading.Event] = {}
+turn = threading.Lock()  # held by whoever changes it
 
 
 def _job(request: gr.Request, tab: str, answers: Callable, show: Callable) -> Iterator[tuple]:
@@ -732,9 +734,10 @@ def _job(request: gr.Request, tab: str, answers: Callable, show: Callable) -> It
     into a page and figures. A second text in the same tab ends the first, and has the page for itself.
     """
     key, stop, said = (request.session_hash, tab), threading.Event(), gr.skip()
-    if key in running:
-        running[key].set()
-    running[key] = stop
+    with turn:
+        if key in running:
+            running[key].set()
+        running[key] = stop
     try:
         yield gr.skip(), gr.skip(), "", gr.update(interactive=True)
         with contextlib.closing(answers(stop.is_set)) as growing:
@@ -749,9 +752,10 @@ def _job(request: gr.Request, tab: str, answers: Callable, show: Callable) -> It
         traceback.print_exc()
         said = notice("The machine behind this page could not go on. Try again.", "bad")
     finally:
-        alone = running.get(key) is stop
-        if alone:
-            del running[key]
+        with turn:
+            alone = running.get(key) is stop
+            if alone:
+                del running[key]
     if alone:
         yield gr.skip(), gr.skip(), said, gr.update(interactive=False)
 
@@ -835,7 +839,7 @@ def _writing(play: Play) -> None:
                     info="0: always the likeliest word",
                 )
                 top_k = gr.Slider(
-                    0, 200, 0, step=1, label="Top-k", info="only the k likeliest; 0: all"
+                    0, WIDEST, 0, step=1, label="Top-k", info="only the k likeliest; 0: all"
                 )
                 top_p = gr.Slider(
                     0.01,

@@ -109,7 +109,7 @@ def test_max_tokens_keeps_whole_lines(limit):
 def test_own_file_with_bom_and_windows_line_ends(tmp_path):
     """Notepad's byte-order mark and line ends would become tokens of their own."""
     path = tmp_path / "märchen.txt"
-    path.write_bytes(b"\xef\xbb\xbf" + b"Es war einmal.\r\nUnd dann?\r\n" * 40)
+    path.write_bytes(2 * b"\xef\xbb\xbf" + b"Es war einmal.\r\nUnd dann?\r\n" * 40)
     text = load_text(path, context=32)
     assert text.name == "märchen"
     assert text.text == "Es war einmal.\nUnd dann?\n" * 40
@@ -129,6 +129,7 @@ BAD_FILES = {
     "missing": (None, "does not exist"),
     "empty": (b"", "is empty"),
     "blank": (b" \n\n\t\n", "is empty"),
+    "endless": (b"a word" + 2_000_000 * b" " + b"x", "blanks in a row"),
     "latin1": ("Fünf Äpfel\n".encode("latin-1") * 99, "not UTF-8"),
     "utf16": ("Five apples\n".encode("utf-16") * 99, "not UTF-8"),
     "image": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9, "not UTF-8"),

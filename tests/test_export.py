@@ -14,7 +14,7 @@ import torch
 from tiny_play import tiny_checkpoint
 
 from shakespeare_gpt import export, plots
-from shakespeare_gpt.checkpoint import load_model
+from shakespeare_gpt.checkpoint import CheckpointError, load_model
 from shakespeare_gpt.data import load_text
 from shakespeare_gpt.export import ExportError
 from shakespeare_gpt.generate import generate
@@ -188,6 +188,11 @@ def test_another_vocabulary_is_refused(tmp_path):
     model = GPT(GPTConfig(vocab_size=61, n_positions=8, n_embd=8, n_layer=1, n_head=1))
     with pytest.raises(ExportError, match="vocabulary of 61"):
         export.export_transformers(model, tmp_path / "x", {})
+    export.export_safetensors(model, tmp_path / "foreign.safetensors", {})
+    with pytest.raises(
+        CheckpointError, match="vocabulary has 61"
+    ):  # the staged page would refuse it
+        export.stage_space(tmp_path / "space", tmp_path / "foreign.safetensors", tmp_path / "x.txt")
 
 
 # --- the staged Space
@@ -291,7 +296,7 @@ def test_a_text_is_not_overwritten_by_weights(tiny, tmp_path, capsys):
 def test_interrupted_is_no_traceback(tiny, monkeypatch):
     """Ctrl-C while half a gigabyte is written ended in a page of Python."""
 
-    def interrupt(*args):
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(export, "load_model", interrupt)
@@ -304,6 +309,7 @@ def test_the_text_of_a_preset_is_found():
     text = get_preset("smoke").load_text()
     meta = {"preset": "smoke", "text_name": "input", "text_sha256": text.sha256}
     assert export.learnt_text(meta).text == text.text
+    assert export.learnt_text(meta, "input").text == text.text
 
 
 # --- the command line and the upload

@@ -459,6 +459,18 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, whole, monkeypatch):
     assert_same_run(run(checkpoint=path), whole)
 
 
+def test_unfinished_weights_do_not_boast_of_earlier_ones(tmp_path):
+    """The mean of an earlier step stood in the file as that of the weights beside it."""
+    path = tmp_path / "a.pt"
+    config = changed(target=1e-6)
+    with closing(train(new_model(), IDS, config, checkpoint=path, device="cpu")) as steps:
+        for step in steps:
+            if step.history.text and step.text_loss is None:
+                break
+    assert step.history.text[-1][0] < step.step
+    assert load_model(path)[1]["loss"] is None
+
+
 def test_a_consumer_that_fails_loses_nothing(tmp_path, whole):
     """An error in the plot of a notebook must not cost the training so far."""
     path = tmp_path / "a.pt"
@@ -596,7 +608,8 @@ def test_a_restart_that_fails_keeps_the_old_weights(tmp_path, monkeypatch, capsy
     assert module.main(command) == 0
     (saved,) = (tmp_path / "checkpoints").glob("*.pt")
     before, _ = saved.read_bytes(), capsys.readouterr()
-    for bad in (["--device", "nonsense"], ["--log", str(tmp_path)]):
+    (tmp_path / "folder.log").mkdir()
+    for bad in (["--device", "nonsense"], ["--log", "folder.log"], ["--log", str(tmp_path)]):
         assert module.main([*command, "--restart", *bad]) == 1
         assert capsys.readouterr().err.count("\n") == 1
         assert saved.read_bytes() == before
@@ -604,6 +617,9 @@ def test_a_restart_that_fails_keeps_the_old_weights(tmp_path, monkeypatch, capsy
     assert module.main([*command, "--restart", "--adam-lr", "1e9", "--target", "0.1"]) == 1
     assert "exploded" in saved.with_suffix(".log").read_text(encoding="utf-8")
     assert saved.with_suffix(".old.log").read_text(encoding="utf-8") == log
+    assert module.main([*command, "--restart", "--adam-lr", "1e8", "--target", "0.1"]) == 1
+    assert saved.with_suffix(".old.log").read_text(encoding="utf-8") == log
+    assert "adam_lr=1000000000.0" in saved.with_suffix(".old2.log").read_text(encoding="utf-8")
     assert saved.read_bytes() == before
 
 
