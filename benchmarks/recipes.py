@@ -132,9 +132,8 @@ def main() -> None:
     print("|---|--:|--:|--:|--:|--:|--:|--:|---|")
     rows, ended = [], 0
     while ended < args.workers:
-        alive = any(
-            worker.is_alive() for worker in workers
-        )  # before: its last row may come meanwhile
+        # Asked before: the last row of one that ends may come meanwhile.
+        alive = any(worker.is_alive() for worker in workers)
         try:
             row = results.get(timeout=10)
         except queue.Empty:

@@ -465,9 +465,7 @@ class _Run:
                 "steps": self.step,
                 "tokens": history.tokens,
                 "passes": round(history.tokens / len(self.ids), 3),
-                "loss": text
-                if measured == self.step
-                else None,  # of these weights, not of earlier ones
+                "loss": text if measured == self.step else None,  # never that of earlier weights
                 "target": self.config.target,
                 "first_batch_step": history.first_batch,
                 "parameters": self.model.num_parameters(),
