@@ -19,7 +19,7 @@ from shakespeare_gpt.export import learnt_text
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import Preset, checkpoint_path, get_preset, start
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
-from shakespeare_gpt.train import TARGET, History, Step, default_device, progress_line
+from shakespeare_gpt.train import TARGET, Step, default_device, progress_line
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2b5c8a", "#d97b29", "#3c8d5a", "#b5383a", "#8a8a8a"
 WEIGHTS_VARIABLE = "SHAKESPEARE_GPT_WEIGHTS"
@@ -112,7 +112,7 @@ def _display():
     return show
 
 
-def loss_figure(step: Step, other: History | None = None, label: str = "") -> plt.Figure:
+def loss_figure(step: Step) -> plt.Figure:
     """The run so far: each batch's loss, the whole text's, the target; loss in nats, log scale."""
     history = step.history
     fig, ax = plt.subplots()

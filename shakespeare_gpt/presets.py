@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from shakespeare_gpt.train import (
 )
 
 PRESET_VARIABLE = "SHAKESPEARE_GPT_PRESET"
+SEED_VARIABLE = "SHAKESPEARE_GPT_SEED"
 TEXT_VARIABLE = "SHAKESPEARE_GPT_TEXT"
 
 
@@ -124,19 +126,26 @@ PRESETS = {
 def get_preset(name: str | None = None) -> Preset:
     """A preset by name; without one SHAKESPEARE_GPT_PRESET, else ``gpt2`` on a GPU and ``mini`` on a CPU.
 
-    Raises ValueError for a name that is none, listing those that are.
+    Its seed is 0, or what SHAKESPEARE_GPT_SEED says. Raises ValueError for a name that is none, listing those
+    that are, and for a seed that is no number.
     """
     name = (
         name or os.environ.get(PRESET_VARIABLE) or ("gpt2" if torch.cuda.is_available() else "mini")
     )
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
+    preset, seed = PRESETS[name], os.environ.get(SEED_VARIABLE)
+    if not seed:
+        return preset
+    if not re.fullmatch("[0-9]{1,9}", seed):
+        raise ValueError(f"{SEED_VARIABLE} must be a number of at most nine digits, not {seed!r}.")
+    return replace(preset, train=replace(preset.train, seed=int(seed)))
 
 
 def checkpoint_path(preset: Preset, text: Text) -> Path:
-    """Where a preset's run on a text is saved: another text, or an edited one, gets another file."""
-    return Path("checkpoints") / f"{preset.name}-{text.name}-{text.sha256[:8]}.pt"
+    """Where a preset's run on a text is saved: another text, an edited one, another seed gets another file."""
+    seed = f"-seed{preset.train.seed}" if preset.train.seed else ""
+    return Path("checkpoints") / f"{preset.name}-{text.name}-{text.sha256[:8]}{seed}.pt"
 
 
 def describe(preset: Preset) -> str:
@@ -144,10 +153,11 @@ def describe(preset: Preset) -> str:
     device = default_device()
     precision, reason = best_precision(device)
     given = os.environ.get(TEXT_VARIABLE)
+    seed = f", seed {preset.train.seed}" if preset.train.seed else ""
     return (
         f"Python {platform.python_version()}, torch {torch.__version__}\n"
         f"device: {device_name(device)}; {precision}, because {reason}\n"
-        f"preset {preset.name}: {preset.about if not given else f'on {given} ({TEXT_VARIABLE})'}"
+        f"preset {preset.name}: {preset.about if not given else f'on {given} ({TEXT_VARIABLE})'}{seed}"
     )
 
 

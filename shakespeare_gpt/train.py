@@ -97,13 +97,12 @@ class TrainConfig:
 class History:
     """The run so far, kept in the checkpoint so that a resumed run draws the whole curve."""
 
-    losses: list[float] = field(
-        default_factory=list
-    )  # of each step's batch, before its update; nats
+    losses: list[float] = field(default_factory=list)  # of each step's batch, before its update
     text: list[tuple[int, float]] = field(default_factory=list)  # (step, mean over the whole text)
     first_batch: int | None = None  # the first step whose batch was under the target
     tokens: int = 0
     seconds: float = 0.0  # training, evaluation and compilation, over all sessions of the run
+    samples: list[tuple[int, str]] = field(default_factory=list)  # (step, text) that a caller adds
 
 
 @dataclass(frozen=True)
@@ -506,6 +505,7 @@ class _Run:
         self.model.load_state_dict(state["model"])
         self.history = History(**state["history"])
         self.history.text = [tuple(t) for t in self.history.text]
+        self.history.samples = [tuple(s) for s in self.history.samples]
         self.step = self.saved = state["step"]
         self.precision = state["precision"]
         if state["finished"]:
@@ -1084,6 +1084,7 @@ def main(arguments: list[str] | None = None) -> int:
         preset = get_preset(options.preset)
         changes = {f: getattr(options, f, None) for f in TrainConfig.__dataclass_fields__}
         config = replace(preset.train, **{k: v for k, v in changes.items() if v is not None})
+        preset = replace(preset, train=config)
         text = preset.load_text(options.text)
         path = Path(options.checkpoint) if options.checkpoint else checkpoint_path(preset, text)
         earlier = _written(path)
@@ -1103,7 +1104,6 @@ def main(arguments: list[str] | None = None) -> int:
             preset,
             text,
             model,
-            config=config,
             checkpoint=path,
             log=options.log,
             device=device,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from shakespeare_gpt import train as module
 from shakespeare_gpt.checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from shakespeare_gpt.model import GPT, GPTConfig
-from shakespeare_gpt.presets import PRESETS, checkpoint_path, get_preset, start
+from shakespeare_gpt.presets import PRESETS, checkpoint_path, describe, get_preset, start
 from shakespeare_gpt.train import (
     TARGET,
     Muon,
@@ -205,6 +205,25 @@ def test_killed_between_two_saves(tmp_path, whole):
     # Weights are saved when the next step has proved them.
     assert load_checkpoint(copy)["step"] == 19
     assert_same_run(run(checkpoint=copy), whole)
+
+
+def test_what_a_caller_noted_on_the_way_is_kept(tmp_path):
+    """Notebook 3 shows what the model said on the way: a run made in two parts must not lose the first."""
+    path = tmp_path / "a.pt"
+
+    def noted(stop=None):
+        with closing(train(new_model(), IDS, RECIPE, checkpoint=path, device="cpu")) as steps:
+            for step in steps:
+                step.history.samples.append((step.step, f"said at {step.step}"))
+                if step.step == stop:
+                    break
+        return step.history.samples
+
+    expected = [(n, f"said at {n}") for n in (1, 2, 3)]
+    assert noted(stop=3) == expected
+    last = noted()
+    assert last[:3] == expected and [n for n, _ in last] == list(range(1, len(last) + 1))
+    assert noted() == last  # the run has ended: its last step comes once more
 
 
 def test_saving_changes_nothing(tmp_path, whole):
@@ -595,10 +614,30 @@ def test_command_line_reaches_the_target(tmp_path, monkeypatch, capsys):
     (saved,) = (tmp_path / "checkpoints").glob("*.pt")
     assert load_model(saved)[1]["text_name"] == "poem"
     assert saved.with_suffix(".log").is_file()
-    assert module.main([*command, "--seed", "1"]) == 1
+    assert module.main([*command, "--adam-lr", "0.02"]) == 1
     assert "--restart" in capsys.readouterr().err
-    assert module.main([*command, "--seed", "1", "--restart"]) == 0
-    assert load_model(saved)[1]["seed"] == 1
+    assert module.main([*command, "--adam-lr", "0.02", "--restart"]) == 0
+    assert load_model(saved)[1]["seed"] == 0
+    assert module.main([*command, "--seed", "1"]) == 0  # beside it, not in its place
+    (other,) = set((tmp_path / "checkpoints").glob("*.pt")) - {saved}
+    assert load_model(other)[1]["seed"] == 1
+
+
+def test_a_seed_of_ones_own(tmp_path, monkeypatch, capsys):
+    """SHAKESPEARE_GPT_SEED reaches the run, by the name of its file too; nonsense is one line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SHAKESPEARE_GPT_SEED", "7")
+    preset = get_preset("smoke")
+    assert preset.train == dataclasses.replace(PRESETS["smoke"].train, seed=7)
+    assert describe(preset).endswith(", seed 7")
+    path = checkpoint_path(preset, preset.load_text())
+    assert path != checkpoint_path(PRESETS["smoke"], preset.load_text())
+    assert module.main(["--preset", "smoke", "--target", "9", "--device", "cpu"]) == 0
+    assert load_model(path)[1]["seed"] == 7
+    for bad in ("-1", "seven", "1e3", "1" * 30):
+        monkeypatch.setenv("SHAKESPEARE_GPT_SEED", bad)
+        assert module.main(["--preset", "smoke"]) == 1
+        assert "SHAKESPEARE_GPT_SEED must be a number" in capsys.readouterr().err
 
 
 def test_a_restart_that_fails_keeps_the_old_weights(tmp_path, monkeypatch, capsys):
