@@ -951,10 +951,13 @@ def logged(steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any])
                     file.writelines(lines)
                     file.write("step | loss | best | lr | tokens/s\n")
                 elif not step.done:
-                    # The log may be that of a restart which failed, beside the run that goes on.
-                    there = path.read_text(encoding="utf-8")
-                    if not all(line in there for line in lines if line.startswith("# settings")):
-                        file.writelines(lines)
+                    # Only what has changed: the code, the machine; the settings, where a restart failed meanwhile.
+                    latest = {}
+                    for line in path.read_text(encoding="utf-8").splitlines():
+                        latest[line.split(": ")[0]] = f"{line}\n"
+                    file.writelines(
+                        line for line in lines if latest.get(line.split(": ")[0]) != line
+                    )
                     file.write(f"# resumed at step {step.step}\n")
                 head = None
             if step.step % 10 == 0 or step.done:

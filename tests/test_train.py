@@ -760,13 +760,16 @@ def test_log_of_a_resumed_run_goes_on(tmp_path):
     path, log = tmp_path / "a.pt", tmp_path / "a.log"
     for stop in (20, None):
         steps = train(new_model(), IDS, changed(target=1.0), checkpoint=path, device="cpu")
-        with closing(logged(steps, log, {"preset": "tiny"})) as steps:
+        head = {"preset": "tiny", "commit": "newer" if stop is None else "older"}
+        with closing(logged(steps, log, head)) as steps:
             for step in steps:
                 if step.step == stop:
                     break
     lines = log.read_text(encoding="utf-8").splitlines()
-    assert lines[0] == "# preset: tiny" and lines.count("# preset: tiny") == 1
-    assert "# resumed at step 21" in lines
+    assert lines[:2] == ["# preset: tiny", "# commit: older"] and lines.count(lines[0]) == 1
+    # From there on it was other code, and the log says so.
+    at = lines.index("# resumed at step 21")
+    assert lines[at - 2 : at] == [lines[4], "# commit: newer"] and lines[4].startswith("20 | ")
     numbers = [int(line.split(" |")[0]) for line in lines if re.match(r"\d+ \| ", line)]
     assert numbers == [*range(10, step.step, 10), step.step]
 
