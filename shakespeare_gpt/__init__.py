@@ -1,3 +1,7 @@
 """A GPT-2 that learns Shakespeare by heart: the code that the notebooks share."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+
+class ShakespeareGPTError(Exception):
+    """What a user can mend; the message is one line that says what happened and what to do."""

@@ -1,4 +1,4 @@
-"""The text: read or downloaded, turned into token ids, and cut into windows.
+"""The text: read or downloaded, turned into token ids, cut into windows, and the order in which they are read.
 
 ``load_text`` knows two names, ``input`` (the play in this repository) and ``tinyshakespeare`` (downloaded
 once, checked, kept in a cache), and takes any path to a text file of your own.
@@ -8,32 +8,34 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import math
 import os
 import re
+import socket
 import sys
-import tempfile
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from shakespeare_gpt.tokenizer import encode
+from shakespeare_gpt import ShakespeareGPTError
+from shakespeare_gpt.tokenizer import decode, encode
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-INPUT_TXT = REPOSITORY / "input.txt"
+PACKAGE = Path(__file__).resolve().parent
+# In a clone input.txt and space/ lie beside the package, after an installation inside it.
+SHIPPED = PACKAGE if (PACKAGE / "input.txt").is_file() else PACKAGE.parent
 TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # Another address, or a file that is already here, for machines that cannot reach the one above.
 SOURCE_VARIABLE = "SHAKESPEARE_GPT_TINYSHAKESPEARE"
-CACHE_VARIABLE = "SHAKESPEARE_GPT_CACHE"
+TIMEOUT = 20.0  # seconds without a byte before a download is given up
 
 
-class TextError(ValueError):
-    """A text that cannot be used; the message is one line that says what to do."""
+class TextError(ShakespeareGPTError, ValueError):
+    """A text that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +57,29 @@ def load_text(
 ) -> Text:
     """Read a text: ``"input"``, ``"tinyshakespeare"`` or the path of a UTF-8 file.
 
-    ``max_tokens`` keeps only the beginning. Raises TextError, with one line that says what to do, for a
-    file that is missing, empty, not UTF-8, or shorter than one window of ``context`` + 1 tokens.
+    ``max_tokens`` keeps the beginning: whole lines, or whole characters where the first line is longer.
+    Raises TextError for a file that is missing, empty, not UTF-8, or shorter than one window of ``context``
+    + 1 tokens.
     """
     if source == "input":
-        path, name = INPUT_TXT, "input"
+        path, name = SHIPPED / "input.txt", "input"
     elif source == "tinyshakespeare":
         path, name = tiny_shakespeare(), "tinyshakespeare"
     else:
         path = Path(source).expanduser()
         name = path.stem
     text = _read(path)
-    ids = torch.tensor(encode(text), dtype=torch.int64)
+    ids = encode(text)
     if max_tokens is not None and len(ids) > max_tokens:
-        # Cut at the end of a line, so that text and ids say the same.
-        text = text[: text.find("\n", len(text) * max_tokens // len(ids)) + 1] or text
-        ids = torch.tensor(encode(text), dtype=torch.int64)
+        text = decode(ids[:max_tokens]).rstrip("\ufffd")  # half a character at the cut
+        text = text[: text.rfind("\n") + 1] or text
+        ids = encode(text)
     if len(ids) < context + 1:
         raise TextError(
             f"{path.name} has only {len(ids)} tokens: one window takes {context + 1}. "
             "Give a longer text (about a page)."
         )
-    return Text(name, text, ids)
+    return Text(name, text, torch.tensor(ids, dtype=torch.int64))
 
 
 def _read(path: Path) -> str:
@@ -106,95 +109,62 @@ def _read(path: Path) -> str:
 def tiny_shakespeare() -> Path:
     """The path of Tiny Shakespeare: 1,115,394 characters from the plays, 338,025 tokens.
 
-    Looks, in this order, at the file in SHAKESPEARE_GPT_TINYSHAKESPEARE, the cache, and the address in that
-    variable or else the public one. A download is written beside its place and moved there only when its SHA-256 is right, so a
-    failed one leaves nothing behind. Raises TextError.
+    The file that SHAKESPEARE_GPT_TINYSHAKESPEARE names, or the cached one, or a download from the address in
+    that variable, else from the public one. Only the right SHA-256 is taken. Raises TextError.
     """
     source = os.environ.get(SOURCE_VARIABLE, "")
     if source and "://" not in source:
         path = Path(source).expanduser()
-        if not path.is_file():
+        if not _is_tiny_shakespeare(path):
             raise TextError(
-                f"{SOURCE_VARIABLE} names {path}, which is no file: correct or unset it."
-            )
-        if _sha256(path, f"correct or unset {SOURCE_VARIABLE}") != TINY_SHAKESPEARE_SHA256:
-            raise TextError(
-                f"{SOURCE_VARIABLE} names {path}, which is not Tiny Shakespeare (its SHA-256 differs): "
-                "to learn another text, use --text or SHAKESPEARE_GPT_TEXT."
+                f"{SOURCE_VARIABLE} names {path}, which is not Tiny Shakespeare: correct or unset it. "
+                "SHAKESPEARE_GPT_TEXT is the variable for a text of your own."
             )
         return path
-    folder = os.environ.get(CACHE_VARIABLE)
-    cache = Path(folder).expanduser() if folder else Path.home() / ".cache" / "shakespeare_gpt"
-    path = cache / "tinyshakespeare.txt"
-    remedy = f"set {CACHE_VARIABLE} to a folder of your own"
-    if path.is_file() and _sha256(path, remedy) == TINY_SHAKESPEARE_SHA256:
-        return path
-    _download(source or TINY_SHAKESPEARE_URL, path)
+    path = Path(torch.hub.get_dir()) / "shakespeare_gpt" / "tinyshakespeare.txt"
+    if not _is_tiny_shakespeare(path):
+        _download(source or TINY_SHAKESPEARE_URL, path)
     return path
 
 
-def _sha256(path: Path, remedy: str) -> str:
+def _is_tiny_shakespeare(path: Path) -> bool:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise TextError(f"{path} cannot be read ({error.strerror}): {remedy}.") from None
+        return hashlib.sha256(path.read_bytes()).hexdigest() == TINY_SHAKESPEARE_SHA256
+    except OSError:
+        return False
 
 
-def _download(url: str, path: Path, timeout: float = 20.0) -> None:
-    """Fetch ``url`` to ``path`` with a progress bar; TextError and no trace if it fails."""
+def _download(url: str, path: Path) -> None:
+    """Fetch Tiny Shakespeare to ``path``; TextError and no trace if that fails."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".download-")
     except OSError as error:
         raise TextError(
-            f"The cache {path.parent} cannot be written ({error.strerror}): "
-            f"set {CACHE_VARIABLE} to a folder that can."
+            f"The cache {path.parent} cannot be written ({error.strerror}): set TORCH_HOME to a folder that can."
         ) from None
-    digest = hashlib.sha256()
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=timeout) as reply:
-            size, done = int(reply.headers.get("Content-Length") or 0), 0
-            while block := reply.read(1 << 16):
-                file.write(block)
-                digest.update(block)
-                done += len(block)
-                _progress(done, size)
-        if digest.hexdigest() != TINY_SHAKESPEARE_SHA256:
-            raise TextError(
-                f"What {url} sent is not Tiny Shakespeare (its SHA-256 differs); nothing was kept. "
-                f"Set {SOURCE_VARIABLE} to another address or to a file."
-            )
-        os.chmod(name, 0o644)  # a cache may be shared
-        os.replace(name, path)
-    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-        if isinstance(error, TextError):
-            raise
+        torch.hub.download_url_to_file(
+            url, str(path), hash_prefix=TINY_SHAKESPEARE_SHA256, progress=sys.stderr.isatty()
+        )
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error)).strip()
         raise TextError(
-            f"Tiny Shakespeare could not be downloaded ({reason}); nothing was "
-            f"kept. Try again, or set {SOURCE_VARIABLE} to another address or to a file."
+            f"Tiny Shakespeare could not be downloaded ({reason}); nothing was kept. Try again, or set "
+            f"{SOURCE_VARIABLE} to another address or to a file."
         ) from None
     finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _progress(done: int, size: int) -> None:
-    """One line that rewrites itself; only where somebody watches."""
-    if sys.stderr.isatty():
-        share = min(1.0, done / size) if size else 0.0
-        bar = "#" * int(30 * share)
-        end = "\n" if size and done >= size else ""
-        sys.stderr.write(f"\rTiny Shakespeare [{bar:<30}] {done / 1e6:.1f} MB{end}")
-        sys.stderr.flush()
+        socket.setdefaulttimeout(before)
 
 
 def windows(ids: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cut a text into windows of ``context`` tokens, each beside what follows each of its tokens.
 
-    ids (n,) -> starts (w,), x (w, T), y (w, T), counted (w, T), where y is x moved on by one token. The
+    ids (n,) -> starts (w,), x (w, T), y (w, T), mask (w, T), where y is x moved on by one token. The
     windows stand side by side, so every token but the first is a target. Only the last window overlaps the
-    one before it, to be as long as the others; ``counted`` is False where it repeats, so that summing over
-    ``counted`` meets each of the n - 1 targets exactly once. Raises TextError for a text shorter than one
+    one before it, to be as long as the others; ``mask`` is False where it repeats, so that a sum over
+    ``mask`` meets each of the n - 1 targets exactly once. Raises TextError for a text shorter than one
     window.
     """
     n = len(ids)
@@ -204,6 +174,51 @@ def windows(ids: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fresh = starts[-1].item()  # where the last window would begin
     starts[-1] = n - 1 - context
     index = starts[:, None] + torch.arange(context)
-    counted = torch.ones_like(index, dtype=torch.bool)
-    counted[-1] = index[-1] >= fresh
-    return starts, ids[index], ids[index + 1], counted
+    mask = torch.ones_like(index, dtype=torch.bool)
+    mask[-1] = index[-1] >= fresh
+    return starts, ids[index], ids[index + 1], mask
+
+
+class WindowOrder:
+    """Which windows stand in which batch, as a function of the step alone, so that resuming is exact.
+
+    The windows of each epoch come in an order of their own, drawn from (seed, epoch). Epochs follow each
+    other without a gap: a batch may hold the end of one and the beginning of the next. Shifted windows read
+    the text as a ring, cut at another place in each of the first ``shifted_epochs``; after these come the
+    fixed ones.
+    """
+
+    def __init__(self, tokens: int, context: int, kind: str, seed: int):
+        self.tokens, self.kind, self.seed = tokens, kind, seed
+        self.fixed = windows(torch.arange(tokens), context)[0]
+        self.ring = torch.arange(tokens // context) * context
+        self.shifted_epochs = math.inf if kind == "shifted" else 0
+        self.count = len(self.ring if kind == "shifted" else self.fixed)  # in the first epoch
+        self._epochs: dict[int, Tensor] = {}
+
+    def batch(self, step: int, size: int) -> Tensor:
+        """The starts of the windows of a step (from 0), (size,)."""
+        return torch.stack([self._window(i) for i in range(step * size, (step + 1) * size)])
+
+    def _window(self, number: int) -> Tensor:
+        """The start of the window that is the ``number``-th of the whole run."""
+        fixed = number - self.shifted_epochs * len(self.ring)
+        if fixed < 0:
+            epoch, place = divmod(number, len(self.ring))
+        else:
+            epoch, place = divmod(fixed, len(self.fixed))
+            epoch += self.shifted_epochs
+        return self._epoch(epoch)[place]
+
+    def _epoch(self, number: int) -> Tensor:
+        if number not in self._epochs:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            shifted = number < self.shifted_epochs
+            starts = self.ring if shifted else self.fixed
+            if self.kind != "sequential":
+                starts = starts[torch.randperm(len(starts), generator=generator)]
+            if shifted:
+                starts = starts + torch.randint(self.tokens, (1,), generator=generator)
+            kept = {n: order for n, order in self._epochs.items() if n == number - 1}
+            self._epochs = {**kept, number: starts}
+        return self._epochs[number]

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shakespeare_gpt.speed.fused_loss import linear_cross_entropy
+
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -41,14 +43,22 @@ class GPTConfig:
 class KVCache:
     """The keys and values of the tokens already read, so that each new token costs one position.
 
-    Two buffers of fixed size, (n_layer, B, nh, n_positions, hs); ``length`` says how much is filled.
+    Two buffers of fixed size, (n_layer, B, nh, positions, hs); ``length`` says how much is filled.
+    ``positions`` is the whole context unless fewer will do.
     """
 
     def __init__(
-        self, config: GPTConfig, batch_size: int = 1, *, device="cpu", dtype=torch.float32
+        self,
+        config: GPTConfig,
+        batch_size: int = 1,
+        positions: int | None = None,
+        *,
+        device="cpu",
+        dtype=torch.float32,
     ):
         hs = config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, config.n_head, config.n_positions, hs)
+        positions = config.n_positions if positions is None else positions
+        shape = (config.n_layer, batch_size, config.n_head, positions, hs)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
@@ -192,129 +202,14 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
     def forward(
-        self,
-        ids: Tensor,
-        targets: Tensor | None = None,
-        cache: KVCache | None = None,
-        reduction: str = "mean",
+        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """ids (B, T) -> logits (B, T, V); with targets (B, T) the cross-entropy in nats instead.
+        """ids (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats instead.
 
-        Targets of -100 do not count. ``reduction``: "mean" (a scalar) or "none" (B, T; no gradient).
-        The loss never holds the logits of the whole batch: see ``LinearCrossEntropy``.
+        Targets of -100 do not count. The loss never holds the logits of the whole batch, see
+        ``speed.fused_loss``; it equals ``F.cross_entropy`` of the logits.
         """
         x = self.hidden(ids, cache)
         if targets is None:
             return self.head(x)
-        return linear_cross_entropy(x, self.wte.weight, targets, reduction)
-
-
-# How many rows of logits exist at a time. Chosen by measurement: on a CPU few enough to take little memory,
-# enough that adding up their shares of the weight's gradient costs little; on a GPU enough to fill the chip.
-CHUNK_ROWS = {"cpu": 512, "cuda": 8192}
-
-
-def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean"
-) -> Tensor:
-    """Cross-entropy in nats of softmax(hidden weight^T) against targets, in little memory.
-
-    hidden (..., C), weight (V, C), targets (...) with -100 for positions that do not count.
-    Equal to ``F.cross_entropy(hidden @ weight.T, targets)``, gradients too. With ``reduction`` "none", the
-    loss of each position (...), to look at: it has no gradient.
-    """
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', not {reduction!r}")
-    device = hidden.device.type
-    rows = CHUNK_ROWS.get(device, 1024)
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
-    flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    if reduction == "mean":
-        return LinearCrossEntropy.apply(flat, weight, labels, rows, dtype)
-    return _each_loss(flat.to(dtype), weight.to(dtype), labels, rows).view(targets.shape)
-
-
-@torch.no_grad()
-def _each_loss(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
-    """hidden (N, C), weight (V, C), labels (N,) -> the losses (N,), fp32; 0 where the label is -100."""
-    losses = []
-    block = hidden.new_empty(min(rows, len(hidden)), len(weight))
-    for x, y in zip(hidden.split(rows), labels.split(rows), strict=True):
-        logits = torch.mm(x, weight.T, out=block[: len(x)]).float()
-        label = logits.gather(1, y.clamp(min=0)[:, None])
-        best = logits.amax(1, keepdim=True)
-        loss = logits.sub_(best).exp_().sum(1, keepdim=True).log() + best - label
-        losses.append(loss[:, 0] * (y >= 0))
-    return torch.cat(losses)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The output layer and its loss as one step that works through a few rows at a time.
-
-    A batch of 8 x 256 tokens has 2,048 x 50,257 logits: 412 MB in fp32, written and read several times
-    over. But the gradient of the loss with respect to the logits is simply softmax - onehot, known as soon
-    as the logits are, so each block of rows is turned into its share of both gradients at once and then
-    forgotten. The two large products run in ``dtype``, all sums in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype) -> Tensor:
-        V, dtypes = weight.shape[0], (hidden.dtype, weight.dtype)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        counted = (targets >= 0).float()[:, None]
-        mean = 1.0 / counted.sum().clamp(min=1.0)
-        total = torch.zeros((), device=hidden.device, dtype=torch.float32)
-        grad_hidden = grad_weight = None
-        with torch.autocast(hidden.device.type, enabled=False):
-            matrix, hidden = weight.to(dtype), hidden.to(dtype)
-            if dtype != torch.float32 and V % 64:
-                # Tensor cores, and a CPU's bf16, want aligned rows: 50,257 is odd, 50,304 = 64 * 786 is not.
-                matrix = F.pad(matrix, (0, 0, 0, -V % 64))
-            # The same memory for every block: a CPU takes as long to get new memory as to fill it.
-            block = hidden.new_empty(min(rows, len(hidden)), len(matrix))
-            in_place = dtype == torch.float32 and hidden.device.type == "cpu"
-            exact = block if in_place else torch.empty_like(block, dtype=torch.float32)
-            grad_hidden = torch.empty_like(hidden)
-            share = torch.empty_like(matrix) if len(hidden) > rows and not in_place else None
-            for x, y, keep, grad in zip(
-                *(part.split(rows) for part in (hidden, targets, counted, grad_hidden)), strict=True
-            ):
-                logits = torch.mm(x, matrix.T, out=block[: len(x)])
-                if matrix.shape[0] > V:
-                    logits[:, V:] = float("-inf")
-                probs = torch.softmax(logits, 1, dtype=torch.float32, out=exact[: len(x)])
-                label = y.clamp(min=0)[:, None]
-                # A probability too small for fp32 must not make the loss infinite: 87 nats is enough.
-                p = probs.gather(1, label).clamp(min=torch.finfo(torch.float32).tiny)
-                total = total - (p.log() * keep).sum()
-                if needs_grad:
-                    # softmax - onehot; the mean's 1/n comes last, where fp16 cannot flush it to zero
-                    probs.scatter_add_(1, label, torch.full_like(label, -1, dtype=probs.dtype))
-                    if not in_place:
-                        logits.copy_(probs)
-                    torch.mm(logits, matrix, out=grad).mul_(keep)
-                    x = x * keep.to(dtype)
-                    if grad_weight is None:
-                        grad_weight = (logits.T @ x).float()
-                    elif in_place:
-                        grad_weight.addmm_(logits.T, x)
-                    else:
-                        grad_weight += torch.mm(logits.T, x, out=share)
-        if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight[:V], mean)
-            ctx.dtypes = dtypes
-        return total * mean
-
-    @staticmethod
-    def backward(ctx, grad_output: Tensor):
-        grad_hidden, grad_weight, mean = ctx.saved_tensors
-        scale = grad_output * mean
-        to_hidden, to_weight = ctx.dtypes
-        return (
-            (grad_hidden.float() * scale).to(to_hidden),
-            (grad_weight * scale).to(to_weight),
-            None,
-            None,
-            None,
-        )
+        return linear_cross_entropy(x, self.wte.weight, targets)

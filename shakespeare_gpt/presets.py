@@ -1,34 +1,63 @@
-"""The named settings: which model learns which text, and how."""
+"""The settings: how to train, and the named presets that say which model learns which text."""
 
 from __future__ import annotations
 
+import math
 import os
-import platform
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from shakespeare_gpt.checkpoint import CheckpointError
-from shakespeare_gpt.data import SOURCE_VARIABLE, Text, TextError, load_text
-from shakespeare_gpt.model import GPT, GPTConfig
-from shakespeare_gpt.train import (
-    Step,
-    TrainConfig,
-    best_precision,
-    default_device,
-    device_name,
-    log_head,
-    logged,
-    train,
-)
+from shakespeare_gpt.data import Text, load_text
+from shakespeare_gpt.model import GPTConfig
 
+TARGET = 0.099999  # nats per token, over the whole text
 PRESET_VARIABLE = "SHAKESPEARE_GPT_PRESET"
-SEED_VARIABLE = "SHAKESPEARE_GPT_SEED"
 TEXT_VARIABLE = "SHAKESPEARE_GPT_TEXT"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Notebook 3 explains each setting."""
+
+    batch_size: int = 8  # windows in a step, over all GPUs together
+    epochs: float = 8.0  # times through the text until the rates have come down
+    max_epochs: float = 40.0  # where to give up
+    min_steps: int = 150  # a short text needs more epochs: the schedule has at least so many steps
+    optimizer: str = "muon"  # "muon": Muon for the layers' matrices, AdamW for the rest; or "adamw"
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3
+    beta2: float = 0.95
+    warmup_steps: int = 30
+    final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
+    grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping
+    windows: str = "fixed"  # "fixed" in random order, "shifted" anew at each epoch, "sequential"
+    fixed_epochs: float = 0.0  # with shifted windows: the last epochs, over the fixed ones
+    precision: str = "auto"  # "auto", "bf16", "fp16" or "fp32"
+    stop_on: str = "text"  # "text": mean of the whole text under the target; "batch": any one batch
+    target: float = TARGET
+    seed: int = 0
+
+    def __post_init__(self):
+        choices = {
+            "optimizer": ("muon", "adamw"),
+            "windows": ("fixed", "shifted", "sequential"),
+            "precision": ("auto", "bf16", "fp16", "fp32"),
+            "stop_on": ("text", "batch"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        for name in ("batch_size", "epochs", "max_epochs", "muon_lr", "adam_lr", "target"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
+        if not 0 <= self.fixed_epochs < self.epochs:
+            raise ValueError(f"fixed_epochs must be from 0 to epochs, not {self.fixed_epochs}")
+        if self.fixed_epochs and self.windows != "shifted":
+            raise ValueError(f"fixed_epochs must be 0 with {self.windows} windows")
 
 
 @dataclass(frozen=True)
@@ -42,22 +71,16 @@ class Preset:
     text: str = "input"
     max_tokens: int | None = None
 
-    def load_text(self, source: str | None = None) -> Text:
-        """The preset's text, or ``source``, or what SHAKESPEARE_GPT_TEXT names.
-
-        Where Tiny Shakespeare cannot be downloaded, says so and takes ``input.txt`` instead. Raises
-        TextError for a text that the user named and that cannot be used.
-        """
+    def load_text(self, source: str | os.PathLike | None = None) -> Text:
+        """The text that ``source`` or SHAKESPEARE_GPT_TEXT names, else the preset's. Raises TextError."""
         chosen = source or os.environ.get(TEXT_VARIABLE) or self.text
         limit = self.max_tokens if chosen == self.text else None
-        try:
-            return load_text(chosen, context=self.model.n_positions, max_tokens=limit)
-        except TextError as error:
-            named = source or os.environ.get(TEXT_VARIABLE) or os.environ.get(SOURCE_VARIABLE)
-            if chosen != "tinyshakespeare" or named:
-                raise
-            print(f"{error}\nUsing input.txt, the play in this repository, instead.")
-            return load_text("input", context=self.model.n_positions)
+        return load_text(chosen, context=self.model.n_positions, max_tokens=limit)
+
+    def checkpoint_path(self, text: Text, seed: int = 0) -> Path:
+        """Where the run on a text is saved: another text, an edited one or another seed has another file."""
+        suffix = f"-seed{seed}" if seed else ""
+        return Path("checkpoints") / f"{self.name}-{text.name}-{text.sha256[:8]}{suffix}.pt"
 
 
 PRESETS = {
@@ -68,40 +91,26 @@ PRESETS = {
             about="every part in seconds: for tests",
             model=GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32),
             train=TrainConfig(
-                batch_size=4, passes=40, min_steps=60, max_passes=400, warmup_steps=5, adam_lr=1e-2
+                batch_size=4, epochs=40, min_steps=60, max_epochs=400, warmup_steps=5, adam_lr=1e-2
             ),
-            max_tokens=600,
+            max_tokens=570,
         ),
         Preset(
             name="mini",
             about="16M parameters learn input.txt in minutes on two CPU cores",
             model=GPTConfig(n_layer=4, n_head=4, n_embd=256),
-            train=TrainConfig(batch_size=4, passes=10, muon_lr=0.02, adam_lr=1.6e-2),
+            train=TrainConfig(batch_size=4, epochs=10, muon_lr=0.02, adam_lr=1.6e-2),
         ),
         Preset(
             name="gpt2",
             about="GPT-2 small, 124M parameters, learns Tiny Shakespeare",
             model=GPTConfig(),
-            train=TrainConfig(batch_size=16, passes=6.5, muon_lr=0.014, adam_lr=6e-3),
+            train=TrainConfig(batch_size=16, epochs=6.5, muon_lr=0.014, adam_lr=6e-3),
             text="tinyshakespeare",
         ),
         Preset(
-            name="anywhere",
-            about="as gpt2, but in other windows at each pass but the last two: recites from any place",
-            model=GPTConfig(),
-            train=TrainConfig(
-                batch_size=16,
-                passes=16,
-                muon_lr=0.014,
-                adam_lr=6e-3,
-                windows="shifted",
-                fixed_passes=2,
-            ),
-            text="tinyshakespeare",
-        ),
-        Preset(
-            name="seed",
-            about="the baseline: the same model trained as the assignment's published run was",
+            name="baseline",
+            about="the same model trained as the published run that we compare with",
             model=GPTConfig(),
             train=TrainConfig(
                 batch_size=8,
@@ -113,9 +122,8 @@ PRESETS = {
                 grad_clip=0.0,
                 windows="sequential",
                 precision="fp32",
-                compile=False,
                 stop_on="batch",
-                max_passes=60,
+                max_epochs=60,
             ),
             text="tinyshakespeare",
         ),
@@ -126,78 +134,10 @@ PRESETS = {
 def get_preset(name: str | None = None) -> Preset:
     """A preset by name; without one SHAKESPEARE_GPT_PRESET, else ``gpt2`` on a GPU and ``mini`` on a CPU.
 
-    Its seed is 0, or what SHAKESPEARE_GPT_SEED says. Raises ValueError for a name that is none, listing those
-    that are, and for a seed that is no number.
+    Raises ValueError for a name that does not exist, and lists those that do.
     """
-    name = (
-        name or os.environ.get(PRESET_VARIABLE) or ("gpt2" if torch.cuda.is_available() else "mini")
-    )
+    default = "gpt2" if torch.cuda.is_available() else "mini"
+    name = name or os.environ.get(PRESET_VARIABLE) or default
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
-    preset, seed = PRESETS[name], os.environ.get(SEED_VARIABLE)
-    if not seed:
-        return preset
-    if not re.fullmatch("[0-9]{1,9}", seed):
-        raise ValueError(f"{SEED_VARIABLE} must be a number of at most nine digits, not {seed!r}.")
-    return replace(preset, train=replace(preset.train, seed=int(seed)))
-
-
-def checkpoint_path(preset: Preset, text: Text) -> Path:
-    """Where a preset's run on a text is saved: another text, an edited one, another seed gets another file."""
-    seed = f"-seed{preset.train.seed}" if preset.train.seed else ""
-    return Path("checkpoints") / f"{preset.name}-{text.name}-{text.sha256[:8]}{seed}.pt"
-
-
-def describe(preset: Preset) -> str:
-    """Some lines for the top of a notebook: versions, device and precision, preset, a text of one's own."""
-    device = default_device()
-    precision, reason = best_precision(device)
-    given = os.environ.get(TEXT_VARIABLE)
-    seed = f", seed {preset.train.seed}" if preset.train.seed else ""
-    return (
-        f"Python {platform.python_version()}, torch {torch.__version__}\n"
-        f"device: {device_name(device)}; {precision}, because {reason}\n"
-        f"preset {preset.name}: {preset.about if not given else f'on {given} ({TEXT_VARIABLE})'}{seed}"
-    )
-
-
-def start(
-    preset: Preset,
-    text: Text,
-    model: GPT | None = None,
-    *,
-    config: TrainConfig | None = None,
-    checkpoint: str | os.PathLike | None = None,
-    log: str | os.PathLike | None = None,
-    device=None,
-    restart: bool = False,
-) -> Iterator[Step]:
-    """A preset's run on a text, as a generator of its steps: saved in the usual place, the log beside it.
-
-    Goes on from the run's checkpoint where there is one, unless ``restart``. ``model``, random weights
-    otherwise, is trained in place; ``config``, ``checkpoint`` and ``log`` replace the preset's. Raises
-    CheckpointError for a checkpoint that is not called ``*.pt``, a log that is not called ``*.log``.
-    """
-    config = config or preset.train
-    device = torch.device(device) if device is not None else default_device()
-    model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
-    meta = {"preset": preset.name, "text_name": text.name, "text_sha256": text.sha256}
-    checkpoint = Path(checkpoint or checkpoint_path(preset, text))
-    if checkpoint.suffix != ".pt":  # with ``restart`` a text of that name would be overwritten
-        raise CheckpointError(f"{checkpoint} is no name for a checkpoint: let it end in .pt.")
-    log = Path(log or checkpoint.with_suffix(".log"))
-    if log.suffix != ".log":  # likewise
-        raise CheckpointError(f"{log} is no name for a log: let it end in .log.")
-    steps = train(
-        model,
-        text.ids,
-        config,
-        checkpoint=checkpoint,
-        meta=meta,
-        device=device,
-        restart=restart,
-    )
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return steps
-    head = log_head(preset.name, text.name, text.sha256, config, device)
-    return logged(steps, log, head)
+    return PRESETS[name]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import codecs
 import functools
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,12 +57,6 @@ def encode(text: str) -> list[int]:
 def decode(ids: Iterable[int]) -> str:
     """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
     return get_encoding().decode(list(ids), errors="replace")
-
-
-def utf8_output() -> None:
-    """Let standard output take any text: into a file or pipe Windows would write in its own code page."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8")
 
 
 def token_bytes(token: int) -> bytes:

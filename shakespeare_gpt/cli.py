@@ -1,0 +1,322 @@
+"""The command line: ``shakespeare-gpt train | generate | recite | export``.
+
+Exit codes: 0 done, 1 not reached or refused, 2 wrong usage, 130 interrupted. This is the one place where an
+error becomes a line; what is not expected keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from shakespeare_gpt import ShakespeareGPTError
+from shakespeare_gpt.memorization import exact_recall, score, window_starts
+from shakespeare_gpt.model import GPT
+from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
+from shakespeare_gpt.publish.space import learnt_text, list_folder, listing, size_text, stage_space
+from shakespeare_gpt.publish.transformers_export import export_transformers
+from shakespeare_gpt.publish.upload import check_name, push
+from shakespeare_gpt.runs.checkpoint import newest_checkpoint
+from shakespeare_gpt.runs.interrupt import run_to_end
+from shakespeare_gpt.runs.log import end_line, progress_line
+from shakespeare_gpt.runs.processes import connected
+from shakespeare_gpt.runs.run import start
+from shakespeare_gpt.runs.weights import load_model, save_safetensors
+from shakespeare_gpt.sample import check_sampling, stream_text
+from shakespeare_gpt.speed.devices import (
+    best_precision,
+    default_device,
+    device_name,
+    keep_freed_memory,
+)
+from shakespeare_gpt.tokenizer import VOCAB_SIZE
+
+STAGED = Path("build") / "space"  # where a Space is put together unless another folder is named
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and leave with its exit code."""
+    status = run(arguments)
+    if "RANK" in os.environ:
+        # gloo's threads outlive the process group, and one that frees a tensor while Python shuts down aborts
+        # the process: all is saved, so leave at once (github.com/pytorch/pytorch/pull/179291).
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit code. Raises SystemExit for wrong usage."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if hasattr(
+        sys.stdout, "reconfigure"
+    ):  # into a file or pipe Windows would write in its own code page
+        sys.stdout.reconfigure(encoding="utf-8")
+    try:
+        return options.command(options, options.parser.error)
+    except BrokenPipeError:  # `| head` has seen enough; Python's last flush must not complain
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return 1
+    except (ShakespeareGPTError, OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="shakespeare-gpt", description="A GPT-2 that learns a text by heart."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: Callable, about: str, **options) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=about, description=about, **options)
+        one.set_defaults(command=function, parser=one)
+        return one
+
+    presets = "\n".join(f"  {p.name:<9} {p.about}" for p in PRESETS.values())
+    one = command(
+        "train",
+        train,
+        "Train a GPT-2 on a text until it knows it by heart.",
+        epilog=f"presets:\n{presets}\n\nCtrl-C at any time: the same command goes on from there.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one.add_argument("--preset", help="which settings (default: gpt2 with a GPU, mini without)")
+    one.add_argument("--text", metavar="FILE", help="learn this text, not the preset's")
+    one.add_argument("--checkpoint", metavar="FILE", help="where to save (default: checkpoints/)")
+    one.add_argument("--log", metavar="FILE", help="the log (default: beside the checkpoint)")
+    one.add_argument("--restart", action="store_true", help="start over")
+    one.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+    settings = one.add_argument_group("settings that replace the preset's")
+    for name, kind, about in (
+        ("batch_size", int, "windows in a step"),
+        ("epochs", float, "times through the text until the rates have come down"),
+        ("max_epochs", float, "where to give up"),
+        ("muon_lr", float, "peak rate of Muon"),
+        ("adam_lr", float, "peak rate of AdamW"),
+        ("windows", str, "fixed, shifted or sequential"),
+        ("fixed_epochs", float, "with shifted windows: the last epochs, over the fixed ones"),
+        ("precision", str, "auto, bf16, fp16 or fp32"),
+        ("target", float, "the mean loss in nats at which to stop"),
+        ("seed", int, "of the weights and of the order of the windows"),
+    ):
+        settings.add_argument(f"--{name.replace('_', '-')}", type=kind, help=about)
+
+    one = command(
+        "generate",
+        generate,
+        "Let a trained model continue a prompt.",
+        epilog=r"Example: shakespeare-gpt generate 'JULIET:\n' --temperature 0",
+    )
+    one.add_argument("prompt", nargs="?", default="", help=r"\n in it is a line break")
+    _add_weights(one)
+    one.add_argument("--max-new-tokens", type=int, default=200, help="(default: 200)")
+    one.add_argument(
+        "--temperature", type=float, default=0.8, help="0: the best token (default: 0.8)"
+    )
+    one.add_argument("--top-k", type=int, default=0, help="keep the k best; 0: all")
+    one.add_argument("--top-p", type=float, default=1.0, help="keep the best that reach p")
+    one.add_argument("--seed", type=int, default=0, help="(default: 0)")
+
+    one = command(
+        "recite",
+        recite,
+        "Measure, in full precision, how well weights know their text by heart.",
+        epilog="The exit code is 0 if the whole text is under the target, else 1.",
+    )
+    _add_weights(one)
+    one.add_argument("--text", metavar="FILE", help="the text that they learnt, if it is your own")
+    one.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
+
+    one = command(
+        "export",
+        export,
+        "Hand a trained model on: as safetensors, to transformers, as a Hugging Face Space.",
+        epilog=f"Example: shakespeare-gpt export --stage {STAGED.as_posix()}",
+    )
+    _add_weights(one)
+    one.add_argument("--text", metavar="FILE", help="the text that they learnt, if it is your own")
+    one.add_argument("--safetensors", metavar="FILE", help="write the weights to FILE")
+    one.add_argument("--transformers", metavar="DIR", help="write a folder that transformers opens")
+    one.add_argument("--stage", metavar="DIR", help="put the complete Space into DIR")
+    one.add_argument("--push", metavar="USER/NAME", help="stage the Space and upload it")
+    one.add_argument("--private", action="store_true", help="with --push: a new Space is private")
+    one.add_argument("--dry-run", action="store_true", help="upload nothing: list what would go")
+    one.add_argument(
+        "--dtype", choices=DTYPES, help="default: fp32 for --safetensors, bf16 for the Space"
+    )
+    return parser
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help=".pt or .safetensors (default: the newest in checkpoints/)",
+    )
+
+
+def train(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
+    """Train until the target is reached; progress on standard output."""
+    try:
+        preset = get_preset(options.preset)
+        given = {f.name: getattr(options, f.name, None) for f in fields(TrainConfig)}
+        config = replace(preset.train, **{k: v for k, v in given.items() if v is not None})
+        device = default_device(options.device)
+    except ValueError as error:
+        wrong_usage(str(error))
+    keep_freed_memory()
+    with connected() as processes:
+        say = print if processes.rank == 0 else (lambda *a, **k: None)
+        text = preset.load_text(options.text)
+        path = Path(options.checkpoint or preset.checkpoint_path(text, config.seed))
+        model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
+        say(
+            f"{preset.name}: {model.num_parameters():,} parameters learn {text.name}, {len(text.ids):,} tokens"
+        )
+        name, reason = best_precision(device)
+        if config.precision != "auto":
+            name, reason = config.precision, "it was asked for"
+        say(f"device: {device_name(device)}; {name}, because {reason}")
+        steps = start(
+            preset,
+            text,
+            model,
+            config=config,
+            checkpoint=path,
+            log=options.log,
+            device=device,
+            processes=processes,
+            restart=options.restart,
+        )
+        earlier = _modified(path)
+        try:
+            last = run_to_end(steps, _progress(say), processes.any)
+        except KeyboardInterrupt:
+            without = " without --restart" if options.restart else ""
+            outcome = f"Saved checkpoint to {path}; the same command{without} goes on from there."
+            if _modified(path) == earlier:
+                outcome = "Nothing new was saved."
+            raise KeyboardInterrupt(f"Interrupted. {outcome}") from None
+        say(end_line(last) + (", in a run that has ended before" if last.state is None else ""))
+        say(f"Saved checkpoint to {path}" if last.state is not None else "--restart starts over")
+    return 0
+
+
+def _modified(path: Path) -> int | None:
+    """When a file was last written, or None where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _progress(say: Callable) -> Callable:
+    """One line that rewrites itself on a terminal, else a line every ten seconds."""
+    live, printed = sys.stdout.isatty(), 0.0
+
+    def show(step) -> None:
+        nonlocal printed
+        if step.done or time.monotonic() - printed > (0.5 if live else 10.0):
+            line = progress_line(step)
+            end = "" if live and not step.done else "\n"
+            say(f"\r{line:<110}" if live else line, end=end, flush=True)
+            printed = time.monotonic()
+
+    return show
+
+
+def generate(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
+    """The prompt and what follows it on standard output; what the weights are on standard error."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    parameters = {name: getattr(options, name) for name in names}
+    prompt = options.prompt.replace("\\n", "\n")
+    try:
+        check_sampling(options.temperature, options.top_k, options.top_p)
+    except ValueError as error:
+        wrong_usage(str(error))
+    model, meta = load_model(options.weights or newest_checkpoint(), vocab_size=VOCAB_SIZE)
+    known = {k: meta.get(k) for k in ("preset", "text_name", "steps", "loss")}
+    about = {k: v for k, v in known.items() if v is not None} | parameters
+    print("#", " ".join(f"{k}={v}" for k, v in about.items()), file=sys.stderr, flush=True)
+    print(prompt, end="")
+    for piece in stream_text(model, prompt, **parameters):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def recite(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
+    """Measure what weights know; nothing is taken over from what the file says."""
+    try:
+        device = default_device(options.device)
+    except ValueError as error:
+        wrong_usage(str(error))
+    weights = options.weights or newest_checkpoint()
+    model, meta = load_model(weights, device, vocab_size=VOCAB_SIZE)
+    text = learnt_text(meta, options.text)
+    ids, context = text.ids, model.config.n_positions
+    print(
+        f"{weights}: {model.num_parameters():,} parameters, {text.name}, {len(ids):,} tokens, "
+        f"on {device_name(device)}",
+        flush=True,
+    )
+    scores = score(model, ids)
+    known = scores.loss < TARGET
+    print(
+        f"whole text: {scores.loss:.4f} nats per token, {'' if known else 'not '}under {TARGET}; "
+        f"{scores.accuracy:.2%} are the first guess",
+        flush=True,
+    )
+    given, asked = (32, 50) if context >= 128 else (8, 16)
+    asked = min(asked, len(ids) - given)
+    if asked > 0:
+        starts = window_starts(len(ids), context, given + asked)
+        for where, chosen in (("window starts", starts), ("anywhere", None)):
+            recall = exact_recall(
+                model, ids, prompt_tokens=given, continuation=asked, starts=chosen
+            )
+            print(f"from {where}: {recall}", flush=True)
+    return 0 if known else 1
+
+
+def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
+    """Write weights, a transformers folder or a Space, and upload the Space."""
+    space = options.stage or options.push or options.dry_run
+    if not (options.safetensors or options.transformers or space):
+        wrong_usage("say what to make: --safetensors, --transformers, --stage or --push")
+    if options.push:  # a wrong name is worth knowing before half a gigabyte is written
+        check_name(options.push)
+    weights = Path(options.weights or newest_checkpoint())
+    if options.safetensors or options.transformers:
+        model, meta = load_model(weights)
+        if options.safetensors:
+            dtype = DTYPES[options.dtype or "fp32"]
+            path = save_safetensors(model, options.safetensors, meta, dtype)
+            print(f"{path}  {size_text(path.stat().st_size)}")
+        if options.transformers:
+            export_transformers(model, options.transformers, meta)
+            print(listing(list_folder(options.transformers)))
+        del model
+    if space:
+        folder = Path(options.stage or STAGED)
+        files = stage_space(folder, weights, options.text, dtype=DTYPES[options.dtype or "bf16"])
+        print(f"The Space in {folder}, from {weights}:\n{listing(files)}")
+        if options.dry_run:
+            print("Nothing was uploaded (--dry-run).")
+        elif options.push:
+            print(f"Uploaded: {push(folder, options.push, private=options.private)}")
+        else:
+            print(f"Try it: python {(folder / 'app.py').as_posix()}")
+    return 0

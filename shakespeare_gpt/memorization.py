@@ -1,0 +1,179 @@
+"""What has been learnt by heart: the loss of every token, and exact recall.
+
+Carlini et al. (2023) call a passage memorized if the model, given what stands before it, continues it word
+for word with greedy decoding. ``exact_recall`` asks that at many places of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shakespeare_gpt.data import windows
+from shakespeare_gpt.model import GPT
+from shakespeare_gpt.sample import CachedReader
+from shakespeare_gpt.speed.devices import autocast
+
+BATCH_TOKENS = 4096  # read in one forward pass
+CHUNK_ROWS = 1024  # logits of so many tokens exist at a time: 206 MB in fp32
+
+
+@dataclass(frozen=True)
+class Scores:
+    """For each token of a text but the first: (n - 1,) each, on the CPU."""
+
+    losses: Tensor  # float32, nats: -log of the probability that the model gave it
+    right: Tensor  # bool: whether the model held it for the most probable
+
+    @property
+    def loss(self) -> float:
+        return self.losses.double().mean().item()
+
+    @property
+    def accuracy(self) -> float:
+        return self.right.double().mean().item()
+
+
+@torch.inference_mode()
+def score(
+    model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, int] = (0, 1)
+) -> Scores:
+    """Loss and hit or miss of every token of a text ``ids`` (n,), n >= 2.
+
+    The text is cut as in ``data.windows``: a token is predicted from what stands before it in its window,
+    and each counts once. A text shorter than one window is one short window. ``part`` is (i, m) to score
+    only the i-th of m parts. Raises ValueError for a text in which there is nothing to predict.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.int64).cpu()
+    if len(ids) < 2:
+        raise ValueError("a text must have at least 2 tokens: the first one is not predicted")
+    if len(ids) <= model.config.n_positions:
+        x, y = ids[None, :-1], ids[None, 1:]
+        mask = torch.ones_like(y, dtype=torch.bool)
+    else:
+        _, x, y, mask = windows(ids, model.config.n_positions)
+    first, parts = part
+    x, y, mask = x[first::parts], y[first::parts], mask[first::parts]
+    losses, right = torch.empty(y.shape), torch.empty(y.shape, dtype=torch.bool)
+    size = max(1, BATCH_TOKENS // x.shape[1])
+    with autocast(model.device, precision):
+        for i in range(0, len(x), size):
+            hidden = model.hidden(x[i : i + size].to(model.device)).flatten(0, 1)
+            labels = y[i : i + size].flatten().to(model.device)
+            chunks = zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True)
+            rows = [_score_rows(model.head(h), t) for h, t in chunks]
+            losses[i : i + size] = torch.cat([loss for loss, _ in rows]).view_as(x[i : i + size])
+            right[i : i + size] = torch.cat([hit for _, hit in rows]).view_as(x[i : i + size])
+    return Scores(losses[mask], right[mask])
+
+
+def _score_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (r, V), labels (r,) -> losses (r,), hits (r,)."""
+    logits = logits.float()
+    label = logits.gather(1, labels[:, None])[:, 0]
+    best, first = logits.max(1)
+    # In place: a CPU takes as long to get 206 MB of new memory as to fill them.
+    losses = logits.sub_(best[:, None]).exp_().sum(1).log() + best - label
+    return losses.cpu(), (first == labels).cpu()
+
+
+@dataclass(frozen=True)
+class Recall:
+    """How far the model recited at each of several places."""
+
+    starts: list[int]  # where each prompt begins in the text
+    matched: Tensor  # (places,) int64: right tokens of the continuation, up to the first wrong one
+    prompt_tokens: int
+    continuation: int  # tokens that were asked for
+
+    @property
+    def median(self) -> float:
+        return self.matched.double().quantile(0.5).item()
+
+    @property
+    def mean(self) -> float:
+        return self.matched.double().mean().item()
+
+    @property
+    def perfect(self) -> float:
+        """The share of the places where the whole continuation is right."""
+        return (self.matched == self.continuation).double().mean().item()
+
+    def __str__(self) -> str:
+        return (
+            f"Exact recall at {len(self.starts)} places after {self.prompt_tokens} tokens: "
+            f"median {self.median:g} of {self.continuation} tokens, mean {self.mean:.1f}, "
+            f"all right at {self.perfect:.0%}"
+        )
+
+
+@torch.inference_mode()
+def exact_recall(
+    model: GPT,
+    ids: Tensor,
+    *,
+    prompt_tokens: int = 32,
+    continuation: int = 50,
+    places: int = 200,
+    starts: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 200,
+) -> Recall:
+    """Prompt with a few tokens of the text ``ids`` (n,), continue greedily, count what matches.
+
+    The places are drawn at any offset of the text, without repetition, by ``seed`` (all of them where the text
+    has fewer), or given as ``starts``, the offsets of the prompts. Raises ValueError for a text too short for
+    one place and for starts outside it.
+    """
+    ids = torch.as_tensor(ids, dtype=torch.int64)
+    if prompt_tokens < 1 or continuation < 1 or places < 1:
+        raise ValueError("prompt_tokens, continuation and places must each be at least 1")
+    possible = len(ids) - prompt_tokens - continuation + 1
+    if possible < 1:
+        raise ValueError(
+            f"a text of {len(ids)} tokens is too short for {prompt_tokens} tokens of prompt and "
+            f"{continuation} of continuation"
+        )
+    if starts is None:
+        order = torch.randperm(possible, generator=torch.Generator().manual_seed(seed))
+        starts = order[:places].sort().values
+    starts = torch.as_tensor(starts, dtype=torch.int64)
+    if not len(starts) or starts.min() < 0 or starts.max() >= possible:
+        raise ValueError(f"starts must lie in 0..{possible - 1}, and there must be at least one")
+    passages = ids[starts[:, None] + torch.arange(prompt_tokens + continuation)]
+    matched = []
+    for batch in passages.split(batch_size):
+        prompt, truth = batch.to(model.device).split([prompt_tokens, continuation], 1)
+        reader, said = CachedReader(model, len(batch), prompt_tokens + continuation), [prompt]
+        for _ in range(continuation):
+            said.append(reader.read(said[-1])[:, -1].argmax(-1, keepdim=True))
+        hits = torch.cat(said[1:], 1) == truth
+        matched.append(hits.cumprod(1).sum(1).cpu())
+    return Recall(starts.tolist(), torch.cat(matched), prompt_tokens, continuation)
+
+
+def window_starts(tokens: int, context: int, asked: int, places: int = 200) -> Tensor:
+    """Where the windows of a text of ``tokens`` begin (see ``data.windows``): (p,), p <= ``places``.
+
+    Evenly spaced over the text, and only those after which ``asked`` tokens follow; of a text shorter than one
+    window its beginning.
+    """
+    if tokens <= context:
+        return torch.zeros(1, dtype=torch.int64)
+    starts = windows(torch.arange(tokens), context)[0]
+    starts = starts[starts <= tokens - asked]
+    return starts[torch.linspace(0, len(starts) - 1, min(places, len(starts))).long()]
+
+
+def first_difference(a: Sequence, b: Sequence) -> int | None:
+    """Where two sequences (texts, token ids) first differ; None where they are equal.
+
+    Where one is the beginning of the other, that is the length of the shorter.
+    """
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return None if len(a) == len(b) else min(len(a), len(b))

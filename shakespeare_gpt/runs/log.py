@@ -1,0 +1,138 @@
+"""The log of a run: a head that says what ran, then every tenth step, as a file that a reader can trace."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shakespeare_gpt.data import PACKAGE, Text
+from shakespeare_gpt.presets import TrainConfig
+from shakespeare_gpt.runs.checkpoint import CheckpointError
+from shakespeare_gpt.speed.devices import best_precision, device_name
+from shakespeare_gpt.train import Step, TrainingError
+
+
+def logged(
+    steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any], checkpoint: Path
+) -> Iterator[Step]:
+    """Pass the steps on and write them to the log ``path``, as ``step | loss | best | lr | tokens/s``.
+
+    A resumed run writes on where the log stopped; one that starts over keeps the earlier log as ``.old.log``.
+    A run that cannot go on says why in its last line. Raises CheckpointError for a name that does not end in
+    .log.
+    """
+    path = Path(path)
+    if path.suffix != ".log":  # a text or a checkpoint of that name would be replaced
+        raise CheckpointError(f"{path} is no name for a log: let it end in .log.")
+    return _logged(steps, path, head, checkpoint)
+
+
+def _logged(steps, path: Path, head: dict[str, Any], checkpoint: Path) -> Iterator[Step]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(steps):
+        first = next(steps)
+        if first.state is None and path.exists():  # the run had ended before, and its log says so
+            yield first
+            return
+        resumed = first.step > 1
+        if path.exists() and not resumed:
+            os.replace(path, path.with_suffix(".old.log"))
+        with open(path, "a", encoding="utf-8", buffering=1) as file:
+            file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+            if resumed:
+                file.write(f"# resumed at step {first.step}\n")
+            else:
+                file.write("step | loss | best | lr | tokens/s\n")
+            try:
+                step = first
+                while True:
+                    _write(file, step, checkpoint)
+                    yield step
+                    step = next(steps)
+            except StopIteration:
+                return
+            except TrainingError as error:
+                file.write(f"# {error}\n")
+                raise
+
+
+def _write(file, step: Step, checkpoint: Path) -> None:
+    history = step.history
+    if step.step % 10 == 0 or step.done:
+        file.write(log_line(step) + "\n")
+    if step.step == history.first_batch:
+        file.write(f"# step {step.step}: the first batch under the target ({step.loss:.6f})\n")
+    if step.text_loss is not None:
+        file.write(f"# step {step.step}: mean over the whole text {step.text_loss:.6f}\n")
+    if step.done:
+        file.write(f"# {history.tokens} tokens, {history.seconds:.1f} s\n")
+        file.write(f"{end_line(step)}\nSaved checkpoint to {checkpoint.as_posix()}\n")
+
+
+def log_line(step: Step) -> str:
+    """A step as one line of the log: losses in nats, the rate, tokens a second."""
+    return f"{step.step} | {step.loss:.6f} | {step.best:.6f} | {step.lr:.3e} | {step.tokens_per_second:.0f}"
+
+
+def end_line(step: Step) -> str:
+    """What the last step of a run reached."""
+    return f"Target loss {step.target:g} reached at step {step.step}"
+
+
+def progress_line(step: Step) -> str:
+    """A step as one line for a person: how far, how fast, how long still."""
+    minutes, seconds = divmod(round(step.seconds_left), 60)
+    text = f" | text {step.history.text[-1][1]:.4f}" if step.history.text else ""
+    return (
+        f"step {step.step} | loss {step.loss:.4f} | best {step.best:.4f}{text} | "
+        f"{step.tokens_per_second:,.0f} tokens/s | {100 * step.progress:.0f} % of the way | "
+        f"about {minutes}:{seconds:02d} left"
+    )
+
+
+def log_head(preset: str, text: Text, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """What a reader needs to trace a log: the code, the text, the settings, the machine."""
+    precision = best_precision(device)[0] if config.precision == "auto" else config.precision
+    return {
+        "preset": preset,
+        "text": f"{text.name}, SHA-256 {text.sha256}",
+        "commit": commit(),
+        "settings": " ".join(f"{k}={v}" for k, v in asdict(config).items()),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "device": f"{device_name(device)}, {precision}",
+    }
+
+
+def commit() -> str:
+    """The commit of the code that runs, with a + where files differ from it; "unknown" outside git."""
+    options = {"cwd": PACKAGE, "capture_output": True, "text": True, "check": True, "timeout": 10}
+    try:
+        # Not the commit of another repository in which this package happens to be installed.
+        subprocess.run(["git", "ls-files", "--error-unmatch", "train.py"], **options)
+        name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--", "."], **options).stdout
+        return name + ("+" if changed.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def read_log(path: str | os.PathLike) -> tuple[dict[str, str], list[int], list[float]]:
+    """A log's head, and the steps and batch losses of its lines."""
+    head, steps, losses = {}, [], []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if line.startswith("# ") and ": " in line:
+            key, value = line[2:].split(": ", 1)
+            head[key] = value
+        elif line[:1].isdigit():
+            step, loss = line.split(" | ")[:2]
+            steps.append(int(step))
+            losses.append(float(loss))
+    return head, steps, losses
