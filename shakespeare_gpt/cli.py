@@ -30,12 +30,7 @@ from shakespeare_gpt.runs.processes import connected
 from shakespeare_gpt.runs.run import start
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.sample import check_sampling, stream_text
-from shakespeare_gpt.speed.devices import (
-    best_precision,
-    default_device,
-    device_name,
-    keep_freed_memory,
-)
+from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
 
 STAGED = Path("build") / "space"  # where a Space is put together unless another folder is named
@@ -58,9 +53,7 @@ def run(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code. Raises SystemExit for wrong usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if hasattr(
-        sys.stdout, "reconfigure"
-    ):  # into a file or pipe Windows would write in its own code page
+    if hasattr(sys.stdout, "reconfigure"):  # into a file or pipe Windows would write in its own code page
         sys.stdout.reconfigure(encoding="utf-8")
     try:
         return options.command(options, options.parser.error)
@@ -81,93 +74,25 @@ def _parser() -> argparse.ArgumentParser:
         prog="shakespeare-gpt", description="A GPT-2 that learns a text by heart."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name: str, function: Callable, about: str, **options) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=about, description=about, **options)
+    for function, about, epilog, arguments in COMMANDS:
+        one = commands.add_parser(
+            function.__name__,
+            help=about,
+            description=about,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         one.set_defaults(command=function, parser=one)
-        return one
-
-    presets = "\n".join(f"  {p.name:<9} {p.about}" for p in PRESETS.values())
-    one = command(
-        "train",
-        train,
-        "Train a GPT-2 on a text until it knows it by heart.",
-        epilog=f"presets:\n{presets}\n\nCtrl-C at any time: the same command goes on from there.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    one.add_argument("--preset", help="which settings (default: gpt2 with a GPU, mini without)")
-    one.add_argument("--text", metavar="FILE", help="learn this text, not the preset's")
-    one.add_argument("--checkpoint", metavar="FILE", help="where to save (default: checkpoints/)")
-    one.add_argument("--log", metavar="FILE", help="the log (default: beside the checkpoint)")
-    one.add_argument("--restart", action="store_true", help="start over")
-    one.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
-    settings = one.add_argument_group("settings that replace the preset's")
-    for name, kind, about in (
-        ("batch_size", int, "windows in a step"),
-        ("epochs", float, "times through the text until the rates have come down"),
-        ("max_epochs", float, "where to give up"),
-        ("muon_lr", float, "peak rate of Muon"),
-        ("adam_lr", float, "peak rate of AdamW"),
-        ("windows", str, "fixed, shifted or sequential"),
-        ("fixed_epochs", float, "with shifted windows: the last epochs, over the fixed ones"),
-        ("precision", str, "auto, bf16, fp16 or fp32"),
-        ("target", float, "the mean loss in nats at which to stop"),
-        ("seed", int, "of the weights and of the order of the windows"),
-    ):
-        settings.add_argument(f"--{name.replace('_', '-')}", type=kind, help=about)
-
-    one = command(
-        "generate",
-        generate,
-        "Let a trained model continue a prompt.",
-        epilog=r"Example: shakespeare-gpt generate 'JULIET:\n' --temperature 0",
-    )
-    one.add_argument("prompt", nargs="?", default="", help=r"\n in it is a line break")
-    _add_weights(one)
-    one.add_argument("--max-new-tokens", type=int, default=200, help="(default: 200)")
-    one.add_argument(
-        "--temperature", type=float, default=0.8, help="0: the best token (default: 0.8)"
-    )
-    one.add_argument("--top-k", type=int, default=0, help="keep the k best; 0: all")
-    one.add_argument("--top-p", type=float, default=1.0, help="keep the best that reach p")
-    one.add_argument("--seed", type=int, default=0, help="(default: 0)")
-
-    one = command(
-        "recite",
-        recite,
-        "Measure, in full precision, how well weights know their text by heart.",
-        epilog="The exit code is 0 if the whole text is under the target, else 1.",
-    )
-    _add_weights(one)
-    one.add_argument("--text", metavar="FILE", help="the text that they learnt, if it is your own")
-    one.add_argument("--device", help="cuda, cpu, ... (default: the GPU if there is one)")
-
-    one = command(
-        "export",
-        export,
-        "Hand a trained model on: as safetensors, to transformers, as a Hugging Face Space.",
-        epilog=f"Example: shakespeare-gpt export --stage {STAGED.as_posix()}",
-    )
-    _add_weights(one)
-    one.add_argument("--text", metavar="FILE", help="the text that they learnt, if it is your own")
-    one.add_argument("--safetensors", metavar="FILE", help="write the weights to FILE")
-    one.add_argument("--transformers", metavar="DIR", help="write a folder that transformers opens")
-    one.add_argument("--stage", metavar="DIR", help="put the complete Space into DIR")
-    one.add_argument("--push", metavar="USER/NAME", help="stage the Space and upload it")
-    one.add_argument("--private", action="store_true", help="with --push: a new Space is private")
-    one.add_argument("--dry-run", action="store_true", help="upload nothing: list what would go")
-    one.add_argument(
-        "--dtype", choices=DTYPES, help="default: fp32 for --safetensors, bf16 for the Space"
-    )
+        for name, kind, default, what in arguments:
+            if kind is bool:
+                one.add_argument(name, action="store_true", help=what)
+                continue
+            what += f" (default: {default})" if default else ""
+            options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            if not name.startswith("-"):
+                options["nargs"] = "?"
+            one.add_argument(name, default=default, help=what, **options)
     return parser
-
-
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help=".pt or .safetensors (default: the newest in checkpoints/)",
-    )
 
 
 def train(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
@@ -185,27 +110,17 @@ def train(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> in
         text = preset.load_text(options.text)
         path = Path(options.checkpoint or preset.checkpoint_path(text, config.seed))
         model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
-        say(
-            f"{preset.name}: {model.num_parameters():,} parameters learn {text.name}, {len(text.ids):,} tokens"
-        )
+        sizes = f"{model.num_parameters():,} parameters learn {len(text.ids):,} tokens"
+        say(f"{preset.name} on {text.name}: {sizes}")
         name, reason = best_precision(device)
         if config.precision != "auto":
             name, reason = config.precision, "it was asked for"
         say(f"device: {device_name(device)}; {name}, because {reason}")
-        steps = start(
-            preset,
-            text,
-            model,
-            config=config,
-            checkpoint=path,
-            log=options.log,
-            device=device,
-            processes=processes,
-            restart=options.restart,
-        )
+        files = {"checkpoint": path, "log": options.log, "restart": options.restart}
+        steps = start(preset, text, model, config=config, device=device, processes=processes, **files)
         earlier = _modified(path)
         try:
-            last = run_to_end(steps, _progress(say), processes.any)
+            last = run_to_end(steps, _progress(say), processes)
         except KeyboardInterrupt:
             without = " without --restart" if options.restart else ""
             outcome = f"Saved checkpoint to {path}; the same command{without} goes on from there."
@@ -284,9 +199,7 @@ def recite(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
     if asked > 0:
         starts = window_starts(len(ids), context, given + asked)
         for where, chosen in (("window starts", starts), ("anywhere", None)):
-            recall = exact_recall(
-                model, ids, prompt_tokens=given, continuation=asked, starts=chosen
-            )
+            recall = exact_recall(model, ids, prompt_tokens=given, continuation=asked, starts=chosen)
             print(f"from {where}: {recall}", flush=True)
     return 0 if known else 1
 
@@ -320,3 +233,72 @@ def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
         else:
             print(f"Try it: python {(folder / 'app.py').as_posix()}")
     return 0
+
+
+# For each command: the function, what it does, an epilog, and its arguments as (name, type, default, help).
+WEIGHTS = ("--weights", Path, None, "a .pt or .safetensors file; without it the newest in checkpoints/")
+TEXT = ("--text", Path, None, "the text that the weights learnt, if it is your own")
+DEVICE = ("--device", str, None, "cuda, cpu, ...; without it the GPU if there is one")
+COMMANDS = (
+    (
+        train,
+        "Train a GPT-2 on a text until it knows it by heart.",
+        "presets:\n"
+        + "".join(f"  {preset.name:<9} {preset.about}\n" for preset in PRESETS.values())
+        + "\nCtrl-C at any time: the same command goes on from there.",
+        (
+            ("--preset", str, None, "which settings; without it gpt2 with a GPU, mini without"),
+            ("--text", str, None, "learn this text file, not the preset's text"),
+            ("--checkpoint", Path, None, "where to save; without it in checkpoints/"),
+            ("--log", Path, None, "the log; without it beside the checkpoint"),
+            ("--restart", bool, None, "start over"),
+            DEVICE,
+            ("--batch-size", int, None, "windows in a step"),
+            ("--epochs", float, None, "times through the text until the rates have come down"),
+            ("--max-epochs", float, None, "where to give up"),
+            ("--muon-lr", float, None, "peak rate of Muon"),
+            ("--adam-lr", float, None, "peak rate of AdamW"),
+            ("--windows", str, None, "fixed, shifted or sequential"),
+            ("--fixed-epochs", float, None, "with shifted windows: the last epochs, over the fixed ones"),
+            ("--precision", str, None, "auto, bf16, fp16 or fp32"),
+            ("--target", float, None, "the mean loss in nats at which to stop"),
+            ("--seed", int, None, "of the weights and of the order of the windows"),
+        ),
+    ),
+    (
+        generate,
+        "Let a trained model continue a prompt.",
+        r"Example: shakespeare-gpt generate 'JULIET:\n' --temperature 0",
+        (
+            ("prompt", str, "", r"\n in it is a line break"),
+            WEIGHTS,
+            ("--max-new-tokens", int, 200, "how many tokens"),
+            ("--temperature", float, 0.8, "0: always the best token"),
+            ("--top-k", int, 0, "keep the k best; 0: all"),
+            ("--top-p", float, 1.0, "keep the best that reach p"),
+            ("--seed", int, 0, "the same seed, the same text"),
+        ),
+    ),
+    (
+        recite,
+        "Measure, in full precision, how well weights know their text by heart.",
+        "The exit code is 0 if the whole text is under the target, else 1.",
+        (WEIGHTS, TEXT, DEVICE),
+    ),
+    (
+        export,
+        "Hand a trained model on: as safetensors, to transformers, as a Hugging Face Space.",
+        f"Example: shakespeare-gpt export --stage {STAGED.as_posix()}",
+        (
+            WEIGHTS,
+            TEXT,
+            ("--safetensors", Path, None, "write the weights to this file"),
+            ("--transformers", Path, None, "write a folder that transformers opens"),
+            ("--stage", Path, None, "put the complete Space into this folder"),
+            ("--push", str, None, "stage the Space and upload it to USER/NAME"),
+            ("--private", bool, None, "with --push: a new Space is private"),
+            ("--dry-run", bool, None, "upload nothing: list what would go"),
+            ("--dtype", tuple(DTYPES), None, "of the weights; without it fp32, for the Space bf16"),
+        ),
+    ),
+)

@@ -1,4 +1,4 @@
-"""The text: read or downloaded, turned into token ids, cut into windows, and the order in which they are read.
+"""The text: read or downloaded, turned into token ids, cut into windows, and the order of the windows.
 
 ``load_text`` knows two names, ``input`` (the play in this repository) and ``tinyshakespeare`` (downloaded
 once, checked, kept in a cache), and takes any path to a text file of your own.
@@ -112,50 +112,35 @@ def tiny_shakespeare() -> Path:
     The file that SHAKESPEARE_GPT_TINYSHAKESPEARE names, or the cached one, or a download from the address in
     that variable, else from the public one. Only the right SHA-256 is taken. Raises TextError.
     """
-    source = os.environ.get(SOURCE_VARIABLE, "")
-    if source and "://" not in source:
-        path = Path(source).expanduser()
-        if not _is_tiny_shakespeare(path):
-            raise TextError(
-                f"{SOURCE_VARIABLE} names {path}, which is not Tiny Shakespeare: correct or unset it. "
-                "SHAKESPEARE_GPT_TEXT is the variable for a text of your own."
-            )
-        return path
-    path = Path(torch.hub.get_dir()) / "shakespeare_gpt" / "tinyshakespeare.txt"
-    if not _is_tiny_shakespeare(path):
-        _download(source or TINY_SHAKESPEARE_URL, path)
-    return path
-
-
-def _is_tiny_shakespeare(path: Path) -> bool:
+    source = os.environ.get(SOURCE_VARIABLE) or TINY_SHAKESPEARE_URL
+    cached = Path(torch.hub.get_dir()) / "shakespeare_gpt" / "tinyshakespeare.txt"
+    path = cached if "://" in source else Path(source).expanduser()
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() == TINY_SHAKESPEARE_SHA256
+        if hashlib.sha256(path.read_bytes()).hexdigest() == TINY_SHAKESPEARE_SHA256:
+            return path
     except OSError:
-        return False
-
-
-def _download(url: str, path: Path) -> None:
-    """Fetch Tiny Shakespeare to ``path``; TextError and no trace if that fails."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+        pass  # not there yet
+    if path != cached:
         raise TextError(
-            f"The cache {path.parent} cannot be written ({error.strerror}): set TORCH_HOME to a folder that can."
-        ) from None
-    before = socket.getdefaulttimeout()
+            f"{SOURCE_VARIABLE} names {path}, which is not Tiny Shakespeare: correct or unset it. "
+            "SHAKESPEARE_GPT_TEXT is the variable for a text of your own."
+        )
+    timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
-            url, str(path), hash_prefix=TINY_SHAKESPEARE_SHA256, progress=sys.stderr.isatty()
+            source, str(path), hash_prefix=TINY_SHAKESPEARE_SHA256, progress=sys.stderr.isatty()
         )
     except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error)).strip()
         raise TextError(
-            f"Tiny Shakespeare could not be downloaded ({reason}); nothing was kept. Try again, or set "
-            f"{SOURCE_VARIABLE} to another address or to a file."
+            f"Tiny Shakespeare could not be downloaded ({reason}); nothing was kept. Try again, set "
+            f"{SOURCE_VARIABLE} to another address or to a file, or TORCH_HOME to another cache."
         ) from None
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(timeout)
+    return path
 
 
 def windows(ids: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

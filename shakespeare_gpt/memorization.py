@@ -38,9 +38,7 @@ class Scores:
 
 
 @torch.inference_mode()
-def score(
-    model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, int] = (0, 1)
-) -> Scores:
+def score(model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, int] = (0, 1)) -> Scores:
     """Loss and hit or miss of every token of a text ``ids`` (n,), n >= 2.
 
     The text is cut as in ``data.windows``: a token is predicted from what stands before it in its window,
@@ -124,9 +122,8 @@ def exact_recall(
 ) -> Recall:
     """Prompt with a few tokens of the text ``ids`` (n,), continue greedily, count what matches.
 
-    The places are drawn at any offset of the text, without repetition, by ``seed`` (all of them where the text
-    has fewer), or given as ``starts``, the offsets of the prompts. Raises ValueError for a text too short for
-    one place and for starts outside it.
+    The places are drawn by ``seed`` at any offset of the text, each once, or given as ``starts``, the offsets
+    of the prompts. Raises ValueError for a text too short for one place and for starts outside it.
     """
     ids = torch.as_tensor(ids, dtype=torch.int64)
     if prompt_tokens < 1 or continuation < 1 or places < 1:
@@ -158,8 +155,7 @@ def exact_recall(
 def window_starts(tokens: int, context: int, asked: int, places: int = 200) -> Tensor:
     """Where the windows of a text of ``tokens`` begin (see ``data.windows``): (p,), p <= ``places``.
 
-    Evenly spaced over the text, and only those after which ``asked`` tokens follow; of a text shorter than one
-    window its beginning.
+    Evenly spaced over the text, and only those after which ``asked`` tokens follow.
     """
     if tokens <= context:
         return torch.zeros(1, dtype=torch.int64)

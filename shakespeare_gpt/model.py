@@ -47,31 +47,19 @@ class KVCache:
     ``positions`` is the whole context unless fewer will do.
     """
 
-    def __init__(
-        self,
-        config: GPTConfig,
-        batch_size: int = 1,
-        positions: int | None = None,
-        *,
-        device="cpu",
-        dtype=torch.float32,
-    ):
+    def __init__(self, config: GPTConfig, batch_size: int = 1, positions: int | None = None, **options):
+        """``options`` are those of ``torch.zeros``: device and dtype."""
         hs = config.n_embd // config.n_head
         positions = config.n_positions if positions is None else positions
         shape = (config.n_layer, batch_size, config.n_head, positions, hs)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
         self.length = 0
 
     def truncate(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens (a rejected draft, say)."""
+        """Forget all but the first ``length`` tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot keep {length} tokens of {self.length}")
         self.length = length
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.length = 0
 
 
 class CausalSelfAttention(nn.Module):
@@ -80,9 +68,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(
-            config.n_embd, 3 * config.n_embd
-        )  # query, key and value in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor, int] | None = None) -> Tensor:
@@ -186,9 +172,7 @@ class GPT(nn.Module):
         T = ids.shape[1]
         start = cache.length if cache is not None else 0
         if start + T > self.config.n_positions:
-            raise ValueError(
-                f"{start + T} tokens do not fit into the context of {self.config.n_positions}"
-            )
+            raise ValueError(f"{start + T} tokens do not fit into the context of {self.config.n_positions}")
         x = self.wte(ids) + self.wpe.weight[start : start + T]
         for i, block in enumerate(self.h):
             past = None if cache is None else (cache.keys[i], cache.values[i], start)
@@ -201,9 +185,7 @@ class GPT(nn.Module):
         """(..., C) -> logits (..., V): how well each word's embedding agrees with the stream."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(
-        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats instead.
 
         Targets of -100 do not count. The loss never holds the logits of the whole batch, see

@@ -1,12 +1,11 @@
 """GPT-2's tokenizer: text to token ids and back, without any download.
 
-``tiktoken.get_encoding("gpt2")`` fetches its vocabulary on first use, which fails on a closed network. The
-same vocabulary lies beside this file as ``gpt2.tiktoken`` (source and licence in ``gpt2.tiktoken.LICENSE``),
-and tiktoken's own classes read it, so the encoding is the same, token for token.
-
-The method is byte-pair encoding over UTF-8 bytes (Sennrich et al., 2016; Radford et al., 2019): the text is
-first cut into words by a pattern, then the two neighbours with the lowest rank in the vocabulary are merged,
+The method is byte-pair encoding over UTF-8 bytes (Sennrich et al., 2016; Radford et al., 2019). A pattern
+cuts the text into words. Within a word the two neighbours with the lowest rank in the vocabulary are merged,
 again and again. Any text can be encoded, and decoding gives it back exactly.
+
+``tiktoken.get_encoding("gpt2")`` downloads its vocabulary on first use. The same vocabulary lies beside this
+file as ``gpt2.tiktoken`` (source and licence in ``gpt2.tiktoken.LICENSE``), and tiktoken's classes read it.
 """
 
 from __future__ import annotations
@@ -23,17 +22,14 @@ VOCAB_FILE = Path(__file__).with_name("gpt2.tiktoken")
 END_OF_TEXT = 50256  # the one token that no text is encoded to: the end of a document
 VOCAB_SIZE = 50257
 
-# How GPT-2 cuts a text into words before any merging: contractions, letters, digits and other signs each
-# with the one space before them, and runs of white space.
+# Contractions; letters, digits and other characters, each with the one space before them; white space.
 WORD_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 @functools.cache
 def get_encoding() -> tiktoken.Encoding:
     """The ``gpt2`` encoding: 50,256 byte sequences by rank and ``<|endoftext|>``."""
-    lines = (
-        VOCAB_FILE.read_bytes().splitlines()
-    )  # each line: the bytes in base64, a space, the rank
+    lines = VOCAB_FILE.read_bytes().splitlines()  # each line: the bytes in base64, a space, the rank
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     return tiktoken.Encoding(
         name="gpt2",
@@ -47,9 +43,8 @@ def get_encoding() -> tiktoken.Encoding:
 def encode(text: str) -> list[int]:
     """The token ids of a text.
 
-    ``<|endoftext|>`` inside a text is thirteen ordinary characters here, never the special token: what a
-    reader types must not be able to forge a control sign. Half of a surrogate pair, which UTF-8 cannot hold,
-    becomes U+FFFD.
+    ``<|endoftext|>`` inside a text is thirteen ordinary characters here, never the special token. Half of a
+    surrogate pair, which UTF-8 cannot hold, becomes U+FFFD.
     """
     return get_encoding().encode_ordinary(text)
 
@@ -65,11 +60,7 @@ def token_bytes(token: int) -> bytes:
 
 
 class StreamDecoder:
-    """Tokens in, text out, one at a time, and never half a character.
-
-    A token can end in the middle of a UTF-8 character (an emoji takes several tokens). Such bytes wait
-    until the rest has come.
-    """
+    """Tokens in, text out, one at a time. Bytes of an unfinished character wait for the rest."""
 
     def __init__(self):
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")

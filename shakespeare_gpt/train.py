@@ -96,13 +96,9 @@ class OneProcess:
         """The sum over all processes."""
         return value
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
-        return flag
-
-    def agree(self, fingerprint: Any, precision: str) -> str:
-        """The first process's precision; TrainingError unless all have the same fingerprint."""
-        return precision
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives here, in the order of their ranks."""
+        return [value]
 
 
 class Plan:
@@ -220,9 +216,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.final_lr + (1.0 - config.final_lr) * left
 
 
-def evaluate(
-    model: GPT, ids: Tensor, precision: str = "fp32", processes: OneProcess | None = None
-) -> float:
+def evaluate(model: GPT, ids: Tensor, precision: str = "fp32", processes: OneProcess | None = None) -> float:
     """The mean loss in nats over every token of the text ids (n,) but the first."""
     processes = processes or OneProcess()
     scores = score(model, ids, precision=precision, part=(processes.rank, processes.world))

@@ -110,9 +110,8 @@ def loss_figure(step: Step) -> plt.Figure:
     ax.axhline(step.target, color=RED, linewidth=1.2, linestyle="--", label=f"target {step.target}")
     ax.set(yscale="log", xlabel="step", ylabel="loss (nats per token)")
     ax.set_ylim(min(0.05, step.best * 0.8), 14)
-    ax.set_title(
-        f"step {step.step}   {history.tokens / 1e6:.2f} million tokens   {step.tokens_per_second:,.0f} tokens/s   "
-        f"{history.seconds / 60:.1f} min, {step.seconds_left / 60:.1f} min left"
-    )
+    minutes = f"{history.seconds / 60:.1f} min, {step.seconds_left / 60:.1f} min left"
+    speed = f"{history.tokens / 1e6:.2f} million tokens   {step.tokens_per_second:,.0f} tokens/s"
+    ax.set_title(f"step {step.step}   {speed}   {minutes}")
     ax.legend(loc="upper right")
     return fig

@@ -17,12 +17,7 @@ from shakespeare_gpt.publish.space import learnt_text
 from shakespeare_gpt.runs.checkpoint import load_checkpoint
 from shakespeare_gpt.runs.run import start
 from shakespeare_gpt.runs.weights import load_model
-from shakespeare_gpt.speed.devices import (
-    best_precision,
-    default_device,
-    device_name,
-    keep_freed_memory,
-)
+from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
 
 WEIGHTS_VARIABLE = "SHAKESPEARE_GPT_WEIGHTS"
@@ -59,9 +54,7 @@ def load_text(preset: Preset) -> Text:
         return preset.load_text("input")
 
 
-def trained_model(
-    preset: Preset | None = None, device: Any = None
-) -> tuple[GPT, Text, dict[str, Any]]:
+def trained_model(preset: Preset | None = None, device: Any = None) -> tuple[GPT, Text, dict[str, Any]]:
     """A model that knows its text: (model, text, what the weights say about themselves).
 
     The weights that SHAKESPEARE_GPT_WEIGHTS names, else the preset's checkpoint. Where there is none, or only

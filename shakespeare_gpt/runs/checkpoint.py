@@ -59,8 +59,8 @@ def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
     except (OSError, RuntimeError) as error:  # torch's zip writer says RuntimeError for a full disk
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise CheckpointError(
-            f"The checkpoint {path} could not be written ({reason}): free some disk space, or save elsewhere. "
-            "An earlier checkpoint of that name is untouched."
+            f"The checkpoint {path} could not be written ({reason}): free some disk space, or save "
+            "elsewhere. An earlier checkpoint of that name is untouched."
         ) from None
     return path
 
@@ -81,9 +81,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             "the run that it belongs to."
         ) from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is no checkpoint of this version of the project: train again."
-        )
+        raise CheckpointError(f"{path} is no checkpoint of this version of the project: train again.")
     return state
 
 

@@ -9,21 +9,22 @@ from contextlib import closing, contextmanager
 
 import torch.distributed as dist
 
-from shakespeare_gpt.train import Step
+from shakespeare_gpt.train import OneProcess, Step
 
 
 def run_to_end(
-    steps: Iterator[Step], show: Callable[[Step], None], stop_all: Callable[[bool], bool] = bool
+    steps: Iterator[Step], show: Callable[[Step], None], processes: OneProcess | None = None
 ) -> Step:
     """Run a training generator to its end and return the last step; ``show`` is called with each.
 
     Ctrl-C, a notebook's stop button and SIGTERM wait for the step in hand and then raise KeyboardInterrupt.
-    ``stop_all`` says whether any of several processes is to stop, so that all stop as one.
+    It reaches each of several processes at another moment, and all stop as one.
     """
+    processes = processes or OneProcess()
     with interruptible() as interrupted, closing(steps):
         for step in steps:
             show(step)
-            if not step.done and stop_all(interrupted()):
+            if not step.done and any(processes.gather(interrupted())):
                 raise KeyboardInterrupt("training was interrupted; run it again to go on")
     return step
 

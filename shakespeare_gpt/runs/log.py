@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing
@@ -32,36 +34,26 @@ def logged(
     path = Path(path)
     if path.suffix != ".log":  # a text or a checkpoint of that name would be replaced
         raise CheckpointError(f"{path} is no name for a log: let it end in .log.")
-    return _logged(steps, path, head, checkpoint)
-
-
-def _logged(steps, path: Path, head: dict[str, Any], checkpoint: Path) -> Iterator[Step]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(steps):
-        first = next(steps)
-        if first.state is None and path.exists():  # the run had ended before, and its log says so
-            yield first
-            return
-        resumed = first.step > 1
-        if path.exists() and not resumed:
-            os.replace(path, path.with_suffix(".old.log"))
-        with open(path, "a", encoding="utf-8", buffering=1) as file:
-            file.writelines(f"# {key}: {value}\n" for key, value in head.items())
-            if resumed:
-                file.write(f"# resumed at step {first.step}\n")
-            else:
-                file.write("step | loss | best | lr | tokens/s\n")
-            try:
-                step = first
-                while True:
-                    _write(file, step, checkpoint)
-                    yield step
-                    step = next(steps)
-            except StopIteration:
+    # Opened before the first step: a log that cannot be written must not cost a step or a checkpoint.
+    with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file:
+        try:
+            first = next(steps)
+            if first.state is None and file.tell():  # the run had ended before, and its log says so
+                yield first
                 return
-            except TrainingError as error:
-                file.write(f"# {error}\n")
-                raise
+            start = f"# resumed at step {first.step}" if first.step > 1 else "step | loss | best | lr | tokens/s"
+            if first.step == 1 and file.tell():
+                shutil.copyfile(path, path.with_suffix(".old.log"))
+                file.truncate(0)
+            file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+            file.write(f"{start}\n")
+            for step in itertools.chain([first], steps):
+                _write(file, step, checkpoint)
+                yield step
+        except TrainingError as error:
+            file.write(f"# {error}\n")
+            raise
 
 
 def _write(file, step: Step, checkpoint: Path) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shakespeare_gpt.train import OneProcess, TrainingError
+from shakespeare_gpt.train import OneProcess
 
 
 class SeveralProcesses(OneProcess):
@@ -30,19 +30,10 @@ class SeveralProcesses(OneProcess):
         dist.all_reduce(value)
         return value
 
-    def any(self, flag: bool) -> bool:
-        views: list[Any] = [None] * self.world
-        dist.all_gather_object(views, flag)
-        return any(views)
-
-    def agree(self, fingerprint: Any, precision: str) -> str:
-        views: list[Any] = [None] * self.world
-        dist.all_gather_object(views, (fingerprint, precision))
-        if any(other != views[0][0] for other, _ in views):
-            raise TrainingError(
-                "The processes do not train the same: give each the same settings and the same text."
-            )
-        return views[0][1]
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
 
 @contextmanager

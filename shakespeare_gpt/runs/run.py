@@ -21,12 +21,10 @@ from shakespeare_gpt.speed.devices import best_precision, default_device, device
 from shakespeare_gpt.train import (
     History,
     OneProcess,
-    Plan,
     Step,
     TargetNotReached,
     TrainingError,
     TrainState,
-    learning_rate,
     new_state,
     train,
 )
@@ -54,18 +52,9 @@ def start(
     model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
     meta = {"preset": preset.name, "text_name": text.name, "text_sha256": text.sha256}
     path = Path(checkpoint or preset.checkpoint_path(text, config.seed))
-    processes = processes or OneProcess()
-    steps = resumable(
-        model,
-        text.ids,
-        config,
-        path,
-        meta=meta,
-        device=device,
-        processes=processes,
-        restart=restart,
-    )
-    if processes.rank != 0:
+    options = {"meta": meta, "device": device, "processes": processes, "restart": restart}
+    steps = resumable(model, text.ids, config, path, **options)
+    if processes is not None and processes.rank != 0:
         return steps
     head = log_head(preset.name, text, config, device)
     return logged(steps, Path(log or path.with_suffix(".log")), head, path)
@@ -93,41 +82,37 @@ def resumable(
     """
     path, processes = Path(checkpoint), processes or OneProcess()
     device = torch.device(device) if device is not None else default_device()
-    print_of_run = fingerprint(model, ids, config)
-    precision = config.precision
-    if precision == "auto":
-        precision = best_precision(device)[0]
-    precision = processes.agree(print_of_run, precision)
-    saved = None
-    if path.exists() and not restart:
-        saved = _load_run(path, print_of_run)
-        precision = saved["precision"]
-        if saved["finished"]:
-            model.load_state_dict(saved["model"])
-            yield _last_step(saved, Plan(len(ids), model.config.n_positions, config), config)
-            return
-    state = new_state(model.to(device), config, precision)
+    identity = fingerprint(model, ids, config)
+    precision = best_precision(device)[0] if config.precision == "auto" else config.precision
+    # Each process measures its CPU and reads the text for itself: what differs would pull the weights apart.
+    views = processes.gather((identity, precision))
+    if any(theirs != identity for theirs, _ in views):
+        raise TrainingError("The processes do not train the same: give each the same settings and text.")
+    saved = None if restart or not path.exists() else _load_run(path, identity)
+    if saved is not None and saved["finished"]:
+        model.load_state_dict(saved["model"])
+        yield Step(**saved["last"], history=History(**saved["history"]), state=None)
+        return
+    state = new_state(model.to(device), config, saved["precision"] if saved else views[0][1])
     if saved is not None:
         restore(state, saved)
     last_save, saved_step = time.monotonic(), state.step
 
-    def save(finished: bool = False) -> None:
+    def save(last: Step | None = None) -> None:
         nonlocal last_save, saved_step
-        last_save = time.monotonic()
-        if processes.rank == 0 and (finished or state.step > saved_step):
-            about = {**(meta or {}), **_about(state, ids, config, finished)}
-            save_checkpoint(path, _run_dict(state, print_of_run, about, finished))
-        saved_step = state.step
+        if processes.rank == 0 and (last is not None or state.step > saved_step):
+            save_checkpoint(path, _contents(state, ids, config, identity, meta or {}, last))
+        last_save, saved_step = time.monotonic(), state.step
 
     def save_if_due(_: TrainState) -> None:
         if time.monotonic() - last_save > save_every:
             save()
 
-    options = {"device": device, "processes": processes, "before_update": save_if_due}
+    options = {"device": device, "processes": processes, "state": state, "before_update": save_if_due}
     try:
-        for step in train(model, ids, config, state=state, **options):
+        for step in train(model, ids, config, **options):
             if step.done:
-                save(finished=True)
+                save(step)
             try:
                 yield step
             except GeneratorExit:  # between two steps, so the state is whole
@@ -146,9 +131,8 @@ def fingerprint(model: GPT, ids: Tensor, config: TrainConfig) -> dict[str, Any]:
     """What must agree for one run to go on where another stopped."""
     settings = asdict(config)
     del settings["max_epochs"]  # a run that gave up may be given more
-    ids = ids.cpu()
-    checksum = int((ids * (torch.arange(len(ids)) % 9973 + 1)).sum())
-    return {**asdict(model.config), **settings, "tokens": len(ids), "checksum": checksum}
+    checksum = int((ids.cpu() * (torch.arange(len(ids)) % 9973 + 1)).sum())
+    return {**asdict(model.config), **settings, "text": f"{len(ids)} tokens, checksum {checksum}"}
 
 
 def restore(state: TrainState, saved: dict[str, Any]) -> None:
@@ -161,76 +145,54 @@ def restore(state: TrainState, saved: dict[str, Any]) -> None:
     state.last_evaluation = tuple(saved["last_evaluation"])
 
 
-def _run_dict(state: TrainState, print_of_run: dict, about: dict, finished: bool) -> dict[str, Any]:
-    saved = {
-        "model": state.model.state_dict(),
-        "config": asdict(state.model.config),
-        "meta": about,
-        "fingerprint": print_of_run,
-        "finished": finished,
-        "precision": state.precision,
-        "step": state.step,
-        "history": asdict(state.history),
-        "last_evaluation": list(state.last_evaluation),
-    }
-    if not finished:  # a finished run needs its optimizers no more; they are most of the file
-        saved["optimizers"] = [optimizer.state_dict() for optimizer in state.optimizers]
-        saved["scaler"] = state.scaler.state_dict()
-    return saved
-
-
-def _about(state: TrainState, ids: Tensor, config: TrainConfig, finished: bool) -> dict[str, Any]:
-    """What weights say about themselves."""
-    history = state.history
+def _contents(state, ids, config, identity, meta, last: Step | None) -> dict[str, Any]:
+    """What a checkpoint holds; with the ``last`` step of a finished run no optimizers, most of the file."""
+    history, model = state.history, state.model
     measured, loss = history.text[-1] if history.text else (None, None)
-    return {
+    about = {
         "steps": state.step,
         "tokens": history.tokens,
         "epochs": round(history.tokens / len(ids), 3),
         "loss": loss if measured == state.step else None,  # never that of earlier weights
         "target": config.target,
         "first_batch_step": history.first_batch,
-        "parameters": state.model.num_parameters(),
+        "parameters": model.num_parameters(),
         "seed": config.seed,
         "windows": config.windows,
         "precision": state.precision,
-        "device": device_name(state.model.device),
+        "device": device_name(model.device),
         "seconds": round(history.seconds, 1),
-        "finished": finished,
+        "finished": last is not None,
+    }
+    contents = {
+        "model": model.state_dict(),
+        "config": asdict(model.config),
+        "meta": {**meta, **about},
+        "fingerprint": identity,
+        "finished": last is not None,
+        "precision": state.precision,
+        "step": state.step,
+        "history": asdict(history),
+    }
+    if last is not None:
+        plain = {k: v for k, v in vars(last).items() if k not in ("history", "state")}
+        return {**contents, "last": plain}
+    return {
+        **contents,
+        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
+        "scaler": state.scaler.state_dict(),
+        "last_evaluation": state.last_evaluation,
     }
 
 
-def _load_run(path: Path, ours: dict[str, Any]) -> dict[str, Any]:
+def _load_run(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint of the run with this fingerprint. Raises CheckpointError for any other."""
     saved = load_checkpoint(path)
-    remedy = "restart, or save elsewhere."
-    if "fingerprint" not in saved:
-        raise CheckpointError(f"{path} holds no run to go on with: {remedy}")
-    theirs = saved["fingerprint"]
-    if theirs != ours:
-        differs = [f"{k} {v}, not {ours.get(k)}" for k, v in theirs.items() if ours.get(k) != v]
-        text = [line for line in differs if line.startswith(("tokens", "checksum"))]
-        other = [line for line in differs if line not in text] + ["another text"] * bool(text)
-        raise CheckpointError(
-            f"{path} belongs to a run with {'; '.join(other) or 'fewer settings'}: {remedy}"
-        )
+    # A setting that is younger than the checkpoint had what is now its default.
+    theirs = {**asdict(TrainConfig()), **saved.get("fingerprint", {})}
+    differs = [f"{k} {theirs.get(k)}, not {v}" for k, v in identity.items() if theirs.get(k) != v]
+    if differs:
+        known = "fingerprint" in saved
+        reason = f"belongs to a run with {'; '.join(differs)}" if known else "holds no run to go on with"
+        raise CheckpointError(f"{path} {reason}: restart, or save elsewhere.")
     return saved
-
-
-def _last_step(saved: dict[str, Any], plan: Plan, config: TrainConfig) -> Step:
-    """The last step of a run that had ended before."""
-    history = History(**saved["history"])
-    rate = config.muon_lr if config.optimizer == "muon" else config.adam_lr
-    return Step(
-        step=saved["step"],
-        loss=history.losses[-1],
-        lr=rate * learning_rate(saved["step"] - 1, plan.steps, config),
-        tokens_per_second=history.tokens / history.seconds,
-        seconds_left=0.0,
-        progress=1.0,
-        text_loss=history.text[-1][1] if history.text else None,
-        done=True,
-        target=config.target,
-        history=history,
-        state=None,
-    )

@@ -27,8 +27,7 @@ PREFIX = "transformer."  # what transformers puts before each of OpenAI's names
 def to_openai(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our weights under transformers' names and in OpenAI's (in, out) layout."""
     return {
-        PREFIX + name: (w.T if name.endswith(TRANSPOSED) else w).contiguous()
-        for name, w in state.items()
+        PREFIX + name: (w.T if name.endswith(TRANSPOSED) else w).contiguous() for name, w in state.items()
     }
 
 

@@ -38,9 +38,7 @@ def device_name(device: torch.device) -> str:
     name = platform.processor() or platform.machine()
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = (
-            next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
-        )
+        name = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
     count = torch.get_num_threads()
     return f"{name}, {count} thread{'s' * (count != 1)}"
 
