@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,12 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
+from shakespeare_gpt.publish.quotations import QuotationIndex, quoted_share
 from shakespeare_gpt.runs.interrupt import run_to_end
 from shakespeare_gpt.runs.log import end_line, progress_line
 from shakespeare_gpt.train import Step
 
+TINTS = ("#cfe0f1", "#fbdfc4", "#cfe9d8", "#f2d0d0", "#e0d8ef")
 BLUE, ORANGE, GREEN, RED, GREY = "#2b5c8a", "#d97b29", "#3c8d5a", "#b5383a", "#8a8a8a"
 FIGURES = Path("build") / "figures"  # so a reader's run leaves the repository's own figures as they are
 
@@ -114,4 +117,39 @@ def loss_figure(step: Step) -> plt.Figure:
     speed = f"{history.tokens / 1e6:.2f} million tokens   {step.tokens_per_second:,.0f} tokens/s"
     ax.set_title(f"step {step.step}   {speed}   {minutes}")
     ax.legend(loc="upper right")
+    return fig
+
+
+def quotation_figure(index: QuotationIndex, generated: str, width: int = 62) -> plt.Figure:
+    """A generated text as a picture: each quotation in a colour of its own, its place in the margin.
+
+    Lines longer than ``width`` characters are wrapped.
+    """
+    rows, at = [], 0  # (where a row starts in the text, its characters)
+    for line in generated.split("\n"):
+        for part in textwrap.wrap(line, width, drop_whitespace=False, tabsize=1) or [""]:
+            rows.append((at, part))
+            at += len(part)
+        at += 1
+    fig = plt.figure(figsize=(8, 0.19 * (len(rows) + 3)), layout="none")
+    # 106.3 characters of 9-point DejaVu Sans Mono fill 8 inches.
+    ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, 105.3), ylim=(len(rows), -3))
+    ax.axis("off")
+    font = {"family": "DejaVu Sans Mono", "fontsize": 9, "va": "baseline", "parse_math": False}
+    for row, (_, part) in enumerate(rows):
+        ax.text(0, row + 0.25, part, color="#222222", **font)
+    quotations, free = index.find(generated), 0  # free: the first row whose margin is empty
+    for i, quotation in enumerate(quotations):
+        tint, first = TINTS[i % len(TINTS)], None
+        for row, (start, part) in enumerate(rows):
+            a, b = max(quotation.start - start, 0), min(quotation.end - start, len(part))
+            if a < b and part[a:b].strip():
+                ax.barh(row, b - a, 0.94, a, color=tint)
+                first = row if first is None else first
+        free = max(free, first)
+        place = textwrap.shorten(quotation.place, 104 - width - 4, placeholder="…")
+        ax.text(width + 3, free + 0.25, place, bbox={"fc": tint, "lw": 0, "pad": 1.5}, **font)
+        free += 1
+    pieces = f"{len(quotations)} piece{'s' * (len(quotations) != 1)}"
+    ax.text(0, -1.7, f"{quoted_share(index, generated):.0%} of this text is quoted, in {pieces}", fontsize=12)
     return fig
