@@ -1,0 +1,85 @@
+"""Smaller weights for sampling. Each new token reads every weight once, so fewer bytes take less time."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from shakespeare_gpt.model import GPT
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Fp16Linear(nn.Module):
+    """A linear layer for a CPU: weight (out, in) kept in fp16, arithmetic in fp32 (FBGEMM's kernel)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+
+
+class PackedGPT(GPT):
+    """A GPT whose matrix products read fp16, for sampling on a CPU. It cannot be trained or saved."""
+
+    def __init__(self, model: GPT):
+        nn.Module.__init__(self)  # GPT's own would draw new weights
+        fp32 = _cast(model, torch.float32)
+        self.config, self._num_parameters = model.config, model.num_parameters()
+        self.wte, self.wpe, self.h, self.ln_f = fp32.wte, fp32.wpe, fp32.h, fp32.ln_f
+        self.output = Fp16Linear(self.wte.weight)
+        for part in [part for block in self.h for part in (block.attn, block.mlp)]:
+            for name, layer in list(part.named_children()):
+                setattr(part, name, Fp16Linear(layer.weight, layer.bias))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output(hidden)
+
+    def num_parameters(self) -> int:
+        return self._num_parameters
+
+
+def _cast(model: GPT, dtype: torch.dtype) -> GPT:
+    """A copy of the model in ``dtype``; weights that are in it already share their memory."""
+    parameters = {id(p): nn.Parameter(p.detach().to(dtype)) for p in model.parameters()}
+    return copy.deepcopy(model, parameters).eval()
+
+
+def _kind_for(device: torch.device) -> tuple[str, str]:
+    """The kind of weights by rule, and the reason: nothing is timed, so a restart chooses alike."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        kind = "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
+        return kind, f"this GPU has compute capability {major}.{minor}"
+    if device.type == "cpu" and _has_fp16_kernel():
+        return "fp16", "half the bytes to read, and this CPU computes with them in fp32"
+    return "fp32", f"no smaller kind is known to be faster on this {device.type.upper()}"
+
+
+def _has_fp16_kernel() -> bool:
+    try:
+        Fp16Linear(torch.ones(8, 8))(torch.ones(1, 8))
+        return True
+    except (RuntimeError, AttributeError):
+        return False
+
+
+@torch.no_grad()
+def for_sampling(model: GPT, kind: str = "auto") -> tuple[GPT, str]:
+    """A copy of the model to sample from, and a sentence that says which weights it has and why.
+
+    ``kind``: "fp32" (shares the model's weights), "bf16", "fp16", or "auto", which depends on the device
+    alone. Raises ValueError for a kind that does not exist or that this machine lacks.
+    """
+    if kind not in ("auto", *DTYPES):
+        raise ValueError(f"no such weights: {kind!r}; choose from auto, {', '.join(DTYPES)}")
+    kind, reason = _kind_for(model.device) if kind == "auto" else (kind, "as asked")
+    if kind != "fp16" or model.device.type != "cpu":
+        return _cast(model, DTYPES[kind]), f"Weights in {kind}: {reason}."
+    if not _has_fp16_kernel():
+        raise ValueError("fp16 weights need a kernel that this PyTorch lacks for this CPU")
+    return PackedGPT(model).eval(), f"Weights in {kind}: {reason}."
