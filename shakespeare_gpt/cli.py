@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from shakespeare_gpt import ShakespeareGPTError
-from shakespeare_gpt.memorization import exact_recall, score, window_starts
+from shakespeare_gpt.memorization import Scores, report
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
 from shakespeare_gpt.publish.space import learnt_text, list_folder, listing, size_text, stage_space
@@ -30,7 +30,12 @@ from shakespeare_gpt.runs.processes import connected
 from shakespeare_gpt.runs.run import start
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.sample import check_sampling, stream_text
-from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
+from shakespeare_gpt.speed.devices import (
+    best_precision,
+    default_device,
+    device_name,
+    keep_freed_memory,
+)
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
 
 STAGED = Path("build") / "space"  # where a Space is put together unless another folder is named
@@ -53,7 +58,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code. Raises SystemExit for wrong usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if hasattr(sys.stdout, "reconfigure"):  # into a file or pipe Windows would write in its own code page
+    if hasattr(
+        sys.stdout, "reconfigure"
+    ):  # into a file or pipe Windows would write in its own code page
         sys.stdout.reconfigure(encoding="utf-8")
     try:
         return options.command(options, options.parser.error)
@@ -117,7 +124,9 @@ def train(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> in
             name, reason = config.precision, "it was asked for"
         say(f"device: {device_name(device)}; {name}, because {reason}")
         files = {"checkpoint": path, "log": options.log, "restart": options.restart}
-        steps = start(preset, text, model, config=config, device=device, processes=processes, **files)
+        steps = start(
+            preset, text, model, config=config, device=device, processes=processes, **files
+        )
         earlier = _modified(path)
         try:
             last = run_to_end(steps, _progress(say), processes)
@@ -181,26 +190,13 @@ def recite(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
     weights = options.weights or newest_checkpoint()
     model, meta = load_model(weights, device, vocab_size=VOCAB_SIZE)
     text = learnt_text(meta, options.text)
-    ids, context = text.ids, model.config.n_positions
-    print(
-        f"{weights}: {model.num_parameters():,} parameters, {text.name}, {len(ids):,} tokens, "
-        f"on {device_name(device)}",
-        flush=True,
-    )
-    scores = score(model, ids)
-    known = scores.loss < TARGET
-    print(
-        f"whole text: {scores.loss:.4f} nats per token, {'' if known else 'not '}under {TARGET}; "
-        f"{scores.accuracy:.2%} are the first guess",
-        flush=True,
-    )
-    given, asked = (32, 50) if context >= 128 else (8, 16)
-    asked = min(asked, len(ids) - given)
-    if asked > 0:
-        starts = window_starts(len(ids), context, given + asked)
-        for where, chosen in (("window starts", starts), ("anywhere", None)):
-            recall = exact_recall(model, ids, prompt_tokens=given, continuation=asked, starts=chosen)
-            print(f"from {where}: {recall}", flush=True)
+    sizes = f"{model.num_parameters():,} parameters, {text.name}, {len(text.ids):,} tokens"
+    print(f"{weights}: {sizes}, on {device_name(device)}", flush=True)
+    for what, result in report(model, text.ids):
+        print(f"{what}: {result}", flush=True)
+        if isinstance(result, Scores):
+            known = result.loss < TARGET
+            print(f"The whole text is {'' if known else 'not '}under {TARGET}.", flush=True)
     return 0 if known else 1
 
 
@@ -236,7 +232,12 @@ def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
 
 
 # For each command: the function, what it does, an epilog, and its arguments as (name, type, default, help).
-WEIGHTS = ("--weights", Path, None, "a .pt or .safetensors file; without it the newest in checkpoints/")
+WEIGHTS = (
+    "--weights",
+    Path,
+    None,
+    "a .pt or .safetensors file; without it the newest in checkpoints/",
+)
 TEXT = ("--text", Path, None, "the text that the weights learnt, if it is your own")
 DEVICE = ("--device", str, None, "cuda, cpu, ...; without it the GPU if there is one")
 COMMANDS = (
@@ -258,8 +259,7 @@ COMMANDS = (
             ("--max-epochs", float, None, "where to give up"),
             ("--muon-lr", float, None, "peak rate of Muon"),
             ("--adam-lr", float, None, "peak rate of AdamW"),
-            ("--windows", str, None, "fixed, shifted or sequential"),
-            ("--fixed-epochs", float, None, "with shifted windows: the last epochs, over the fixed ones"),
+            ("--windows", str, None, "moving, fixed or sequential"),
             ("--precision", str, None, "auto, bf16, fp16 or fp32"),
             ("--target", float, None, "the mean loss in nats at which to stop"),
             ("--seed", int, None, "of the weights and of the order of the windows"),

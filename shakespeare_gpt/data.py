@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import math
 import os
 import re
 import socket
@@ -165,45 +164,38 @@ def windows(ids: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class WindowOrder:
-    """Which windows stand in which batch, as a function of the step alone, so that resuming is exact.
+    """Which windows of ``length`` tokens stand in which batch, as a function of its number alone.
 
-    The windows of each epoch come in an order of their own, drawn from (seed, epoch). Epochs follow each
-    other without a gap: a batch may hold the end of one and the beginning of the next. Shifted windows read
-    the text as a ring, cut at another place in each of the first ``shifted_epochs``; after these come the
-    fixed ones.
+    "fixed" windows are always the same, in a new order in each epoch; "sequential" ones come in the order of
+    the text. "moving" windows stand at other places in each epoch: the text, read as a ring, is cut anywhere
+    into stretches of eight windows, and each stretch is moved by a random part of a window. The order of an
+    epoch is drawn from (seed, epoch), so that a resumed run reads what an uninterrupted one would.
     """
 
-    def __init__(self, tokens: int, context: int, kind: str, seed: int):
-        self.tokens, self.kind, self.seed = tokens, kind, seed
-        self.fixed = windows(torch.arange(tokens), context)[0]
-        self.ring = torch.arange(tokens // context) * context
-        self.shifted_epochs = math.inf if kind == "shifted" else 0
-        self.count = len(self.ring if kind == "shifted" else self.fixed)  # in the first epoch
-        self._epochs: dict[int, Tensor] = {}
+    STRETCH = 8
 
-    def batch(self, step: int, size: int) -> Tensor:
-        """The starts of the windows of a step (from 0), (size,)."""
-        return torch.stack([self._window(i) for i in range(step * size, (step + 1) * size)])
+    def __init__(self, tokens: int, length: int, kind: str, seed: int):
+        self.tokens, self.length, self.kind, self.seed = tokens, length, kind, seed
+        ring = torch.arange(tokens // length) * length
+        self.starts = ring if kind == "moving" else windows(torch.arange(tokens), length)[0]
 
-    def _window(self, number: int) -> Tensor:
-        """The start of the window that is the ``number``-th of the whole run."""
-        fixed = number - self.shifted_epochs * len(self.ring)
-        if fixed < 0:
-            epoch, place = divmod(number, len(self.ring))
-        else:
-            epoch, place = divmod(fixed, len(self.fixed))
-            epoch += self.shifted_epochs
-        return self._epoch(epoch)[place]
+    def epoch(self, number: int) -> Tensor:
+        """The starts of all windows of an epoch, in their order; modulo the text's tokens."""
+        if self.kind == "sequential":
+            return self.starts
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+        starts = self.starts[torch.randperm(len(self.starts), generator=generator)]
+        if self.kind == "moving":
+            cut = torch.randint(self.tokens, (1,), generator=generator)
+            moved = torch.randint(
+                self.length, (len(starts) // self.STRETCH + 1,), generator=generator
+            )
+            starts = starts + cut + moved[starts // self.length // self.STRETCH]
+        return starts
 
-    def _epoch(self, number: int) -> Tensor:
-        if number not in self._epochs:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
-            shifted = number < self.shifted_epochs
-            starts = self.ring if shifted else self.fixed
-            if self.kind != "sequential":
-                starts = starts[torch.randperm(len(starts), generator=generator)]
-            if shifted:
-                starts = starts + torch.randint(self.tokens, (1,), generator=generator)
-            kept = {n: order for n, order in self._epochs.items() if n == number - 1}
-            self._epochs = {**kept, number: starts}
-        return self._epochs[number]
+    def batch(self, number: int, size: int) -> Tensor:
+        """The starts of the windows of a batch, (size,). It may hold the end of one epoch and the next one's start."""
+        n = len(self.starts)
+        first, last = number * size // n, ((number + 1) * size - 1) // n
+        order = torch.cat([self.epoch(epoch) for epoch in range(first, last + 1)])
+        return order[number * size - first * n :][:size]

@@ -6,7 +6,7 @@ for word with greedy decoding. ``exact_recall`` asks that at many places of the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from shakespeare_gpt.data import windows
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.sample import CachedReader
 from shakespeare_gpt.speed.devices import autocast
+from shakespeare_gpt.tokenizer import token_bytes
 
 BATCH_TOKENS = 4096  # read in one forward pass
 CHUNK_ROWS = 1024  # logits of so many tokens exist at a time: 206 MB in fp32
@@ -36,9 +37,16 @@ class Scores:
     def accuracy(self) -> float:
         return self.right.double().mean().item()
 
+    def __str__(self) -> str:
+        return (
+            f"{self.loss:.6f} nats per token, {self.accuracy:.2%} of the tokens are the first guess"
+        )
+
 
 @torch.inference_mode()
-def score(model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, int] = (0, 1)) -> Scores:
+def score(
+    model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, int] = (0, 1)
+) -> Scores:
     """Loss and hit or miss of every token of a text ``ids`` (n,), n >= 2.
 
     The text is cut as in ``data.windows``: a token is predicted from what stands before it in its window,
@@ -102,9 +110,8 @@ class Recall:
 
     def __str__(self) -> str:
         return (
-            f"Exact recall at {len(self.starts)} places after {self.prompt_tokens} tokens: "
-            f"median {self.median:g} of {self.continuation} tokens, mean {self.mean:.1f}, "
-            f"all right at {self.perfect:.0%}"
+            f"after {self.prompt_tokens} tokens, at {len(self.starts)} places: median {self.median:g} of "
+            f"{self.continuation} tokens, mean {self.mean:.1f}, all right at {self.perfect:.0%}"
         )
 
 
@@ -152,18 +159,6 @@ def exact_recall(
     return Recall(starts.tolist(), torch.cat(matched), prompt_tokens, continuation)
 
 
-def window_starts(tokens: int, context: int, asked: int, places: int = 200) -> Tensor:
-    """Where the windows of a text of ``tokens`` begin (see ``data.windows``): (p,), p <= ``places``.
-
-    Evenly spaced over the text, and only those after which ``asked`` tokens follow.
-    """
-    if tokens <= context:
-        return torch.zeros(1, dtype=torch.int64)
-    starts = windows(torch.arange(tokens), context)[0]
-    starts = starts[starts <= tokens - asked]
-    return starts[torch.linspace(0, len(starts) - 1, min(places, len(starts))).long()]
-
-
 def first_difference(a: Sequence, b: Sequence) -> int | None:
     """Where two sequences (texts, token ids) first differ; None where they are equal.
 
@@ -173,3 +168,43 @@ def first_difference(a: Sequence, b: Sequence) -> int | None:
         if x != y:
             return i
     return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def line_starts(ids: Tensor) -> Tensor:
+    """Where the lines of a text ids (n,) begin, as offsets of tokens: after a line end, and no line end."""
+    kinds, index = torch.as_tensor(ids).unique(return_inverse=True)
+    ends = torch.tensor([token_bytes(kind).endswith(b"\n") for kind in kinds.tolist()])[index]
+    return (ends[:-1] & ~ends[1:]).nonzero()[:, 0] + 1
+
+
+def report(model: GPT, ids: Tensor, places: int = 200) -> Iterator[tuple[str, Scores | Recall]]:
+    """What a model knows of the text ids (n,), in full precision: (what was measured, the result), one by one.
+
+    The loss of the whole text; recall from anywhere; from the starts of lines, as people type them, after
+    8, 16 and 32 tokens; and how far it goes when it is asked for 200 tokens.
+    """
+    yield "whole text", score(model, ids)
+    n = len(ids)
+    given, asked = min(32, n // 4), min(50, n // 4)
+    yield (
+        "from anywhere",
+        exact_recall(model, ids, prompt_tokens=given, continuation=asked, places=places),
+    )
+    lines = line_starts(ids)
+    for prompt in (8, 16, 32):
+        starts = lines[lines <= n - prompt - asked]
+        if len(starts):
+            starts = starts[torch.linspace(0, len(starts) - 1, min(places, len(starts))).long()]
+            _, kind, counts = ids.unfold(0, prompt, 1).unique(
+                dim=0, return_inverse=True, return_counts=True
+            )
+            several = int((counts[kind[starts]] > 1).sum())
+            recall = exact_recall(
+                model, ids, prompt_tokens=prompt, continuation=asked, starts=starts
+            )
+            yield (
+                f"from lines' starts ({several} of these prompts stand in the text several times)",
+                recall,
+            )
+    if n >= 1000:
+        yield "a long passage", exact_recall(model, ids, continuation=200, places=places)

@@ -22,7 +22,8 @@ class TrainConfig:
     """How to train. Notebook 3 explains each setting."""
 
     batch_size: int = 8  # windows in a step, over all GPUs together
-    epochs: float = 8.0  # times through the text until the rates have come down
+    epochs: float = 9.0  # times through the text until the rates have come down
+    fixed_every: int = 4  # with moving windows: one batch of so many is of fixed ones
     max_epochs: float = 40.0  # where to give up
     min_steps: int = 150  # a short text needs more epochs: the schedule has at least so many steps
     optimizer: str = "muon"  # "muon": Muon for the layers' matrices, AdamW for the rest; or "adamw"
@@ -32,8 +33,7 @@ class TrainConfig:
     warmup_steps: int = 30
     final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping
-    windows: str = "fixed"  # "fixed" in random order, "shifted" anew at each epoch, "sequential"
-    fixed_epochs: float = 0.0  # with shifted windows: the last epochs, over the fixed ones
+    windows: str = "moving"  # "moving" in turn with "fixed" ones; "fixed" or "sequential" alone
     precision: str = "auto"  # "auto", "bf16", "fp16" or "fp32"
     stop_on: str = "text"  # "text": mean of the whole text under the target; "batch": any one batch
     target: float = TARGET
@@ -42,7 +42,7 @@ class TrainConfig:
     def __post_init__(self):
         choices = {
             "optimizer": ("muon", "adamw"),
-            "windows": ("fixed", "shifted", "sequential"),
+            "windows": ("moving", "fixed", "sequential"),
             "precision": ("auto", "bf16", "fp16", "fp32"),
             "stop_on": ("text", "batch"),
         }
@@ -54,10 +54,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be from 0 to 2^63 - 1, not {self.seed}")
-        if not 0 <= self.fixed_epochs < self.epochs:
-            raise ValueError(f"fixed_epochs must be from 0 to epochs, not {self.fixed_epochs}")
-        if self.fixed_epochs and self.windows != "shifted":
-            raise ValueError(f"fixed_epochs must be 0 with {self.windows} windows")
+        if self.fixed_every < 1:
+            raise ValueError(f"fixed_every must be at least 1, not {self.fixed_every}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ PRESETS = {
         Preset(
             name="smoke",
             about="every part in seconds: for tests",
-            model=GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32),
+            model=GPTConfig(n_layer=2, n_head=2, n_embd=64, n_positions=32, window=16),
             train=TrainConfig(
                 batch_size=4, epochs=40, min_steps=60, max_epochs=400, warmup_steps=5, adam_lr=1e-2
             ),
@@ -98,14 +96,14 @@ PRESETS = {
         Preset(
             name="mini",
             about="16M parameters learn input.txt in minutes on two CPU cores",
-            model=GPTConfig(n_layer=4, n_head=4, n_embd=256),
-            train=TrainConfig(batch_size=4, epochs=10, muon_lr=0.02, adam_lr=1.6e-2),
+            model=GPTConfig(n_layer=4, n_head=4, n_embd=256, window=48),
+            train=TrainConfig(batch_size=3, epochs=20, muon_lr=0.03, adam_lr=1.6e-2),
         ),
         Preset(
             name="gpt2",
             about="GPT-2 small, 124M parameters, learns Tiny Shakespeare",
-            model=GPTConfig(),
-            train=TrainConfig(batch_size=16, epochs=6.5, muon_lr=0.014, adam_lr=6e-3),
+            model=GPTConfig(window=48),
+            train=TrainConfig(batch_size=16, epochs=9.4, muon_lr=0.014, adam_lr=6e-3),
             text="tinyshakespeare",
         ),
         Preset(

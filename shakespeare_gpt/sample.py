@@ -28,7 +28,9 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
 
 
-def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+def next_token_probs(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
     """Logits (..., V) -> probabilities (..., V) in fp32.
 
     ``temperature`` divides the logits (0: greedy). Then ``top_k`` keeps the k best tokens (0: all). Of
@@ -76,35 +78,37 @@ def draw(probs: Tensor, u: float) -> int:
     return token if token < len(sums) else int(probs.nonzero()[-1])  # u * sum may round up to sum
 
 
-def window_start(length: int, n_positions: int) -> int:
-    """The first of ``length`` tokens that a model of ``n_positions`` still sees; 0 while all fit.
+def window_start(length: int, window: int) -> int:
+    """The first of ``length`` tokens that stands in a sliding window of ``window``; 0 while all fit.
 
-    A full window moves on by half: its last ``n_positions // 2`` tokens are read again, from position 0.
+    A full window moves on by half: its last ``window // 2`` tokens are read again, from position 0.
     """
-    if length <= n_positions:
+    if length <= window:
         return 0
-    step = n_positions - n_positions // 2
-    return -(-(length - n_positions) // step) * step  # rounded up
+    step = window - window // 2
+    return -(-(length - window) // step) * step  # rounded up
 
 
 class CachedReader:
     """Reads B texts of equal length, a few tokens at a time, with a key-value cache and a sliding window.
 
-    The logits equal, up to rounding, the model's own on ``ids[window_start(len(ids), n_positions):]``.
+    The logits equal, up to rounding, the model's own on ``ids[window_start(len(ids), config.sampling_window):]``.
     ``length`` counts the tokens read. With ``max_tokens``, the cache is only as large as they need.
     """
 
     def __init__(self, model: GPT, batch_size: int = 1, max_tokens: int | None = None):
         self.model, self.length, self._start, self._max_tokens = model, 0, 0, max_tokens
-        n = min(model.config.n_positions, max_tokens or model.config.n_positions)
-        weight = model.wpe.weight  # has the dtype of the activations, even where matrices are packed
+        n = min(model.config.sampling_window, max_tokens or model.config.sampling_window)
+        weight = (
+            model.wpe.weight
+        )  # has the dtype of the activations, even where matrices are packed
         self._cache = KVCache(model.config, batch_size, n, device=weight.device, dtype=weight.dtype)
         # The tokens in the cache, to read them again when the window moves
         self._tokens = torch.zeros(batch_size, n, dtype=torch.int64, device=weight.device)
 
     def room(self, more: int) -> int:
         """After ``more`` further tokens: how many still fit before the window has to move."""
-        n, total = self.model.config.n_positions, self.length + more
+        n, total = self.model.config.sampling_window, self.length + more
         return n - (total - window_start(total, n))
 
     def read(self, ids: Tensor, wanted: int = 1) -> Tensor:
@@ -115,7 +119,7 @@ class CachedReader:
         total, filled = self.length + ids.shape[1], self._cache.length
         if self._max_tokens is not None and total > self._max_tokens:
             raise ValueError(f"this reader takes at most {self._max_tokens} tokens, not {total}")
-        start = window_start(total, self.model.config.n_positions)
+        start = window_start(total, self.model.config.sampling_window)
         if start > self._start:
             ids = torch.cat([self._tokens[:, :filled], ids], 1)[:, start - self._start :]
             self._cache.truncate(0)

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from shakespeare_gpt import ShakespeareGPTError
 from shakespeare_gpt.data import WindowOrder
 from shakespeare_gpt.memorization import score
-from shakespeare_gpt.model import GPT
+from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.presets import TrainConfig
-from shakespeare_gpt.speed.cuda_graph import capture
+from shakespeare_gpt.speed.cuda_graph import CUDAGraphs
 from shakespeare_gpt.speed.devices import autocast, best_precision, default_device
 from shakespeare_gpt.speed.muon import make_optimizers
 
@@ -58,7 +58,6 @@ class TrainState:
     precision: str
     step: int = 0
     history: History = field(default_factory=History)
-    last_evaluation: tuple[int, float] = (0, 1.25)  # (step, batches' mean / text's mean)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Step:
     lr: float  # of Muon, or of AdamW where that is alone
     tokens_per_second: float  # over about the last ten steps
     seconds_left: float  # until the schedule's end, at the present speed
-    progress: float  # 0 at ln V, 1 at the target, on a logarithmic scale
+    progress: float  # from 0 to 1: the share of the schedule that is done
     text_loss: float | None  # the whole text's mean, at the steps where it was measured
     done: bool
     target: float
@@ -102,24 +101,36 @@ class OneProcess:
 
 
 class Plan:
-    """How a text is read: the order of its windows, how many make a batch, and how many steps are made."""
+    """How a text is read: which windows make a batch, and how many steps there are."""
 
-    def __init__(self, tokens: int, context: int, config: TrainConfig, world: int = 1):
+    def __init__(self, tokens: int, model: GPTConfig, config: TrainConfig, world: int = 1):
         if config.batch_size % world:
             raise TrainingError(
                 f"A batch of {config.batch_size} cannot be shared by {world} processes: choose a multiple."
             )
-        self.order = order = WindowOrder(tokens, context, config.windows, config.seed)
+        self.config, self.world = config, world
+        self.length, self.short = model.n_positions, model.sampling_window
+        kind = "sequential" if config.windows == "sequential" else "fixed"
+        self.fixed = WindowOrder(tokens, self.length, kind, config.seed)
+        self.moving = WindowOrder(tokens, self.short, "moving", config.seed)
         # A text of five windows cannot fill a batch of eight.
-        self.batch_size = max(world, min(config.batch_size, order.count) // world * world)
-        self.steps_per_epoch = order.count / self.batch_size
+        self.batch_size = max(
+            world, min(config.batch_size, len(self.fixed.starts)) // world * world
+        )
+        self.steps_per_epoch = len(self.fixed.starts) / self.batch_size
         self.steps = max(config.min_steps, math.ceil(config.epochs * self.steps_per_epoch))
         most = math.ceil(config.max_epochs * self.steps_per_epoch)
         self.max_steps = max(self.steps, 4 * config.min_steps, most)
-        if config.windows == "shifted" and config.fixed_epochs:
-            # Counted from the schedule's end, since a short text makes more epochs than were asked for.
-            shifted = self.steps * self.batch_size - config.fixed_epochs * len(order.fixed)
-            order.shifted_epochs = max(0, round(shifted / len(order.ring)))
+
+    def batch(self, step: int) -> tuple[Tensor, int]:
+        """The starts of the windows of a step (from 0), and their length in tokens."""
+        number, turn = divmod(step, self.config.fixed_every)
+        if self.config.windows != "moving":
+            return self.fixed.batch(step, self.batch_size), self.length
+        if turn == self.config.fixed_every - 1:
+            return self.fixed.batch(number, self.batch_size), self.length
+        size = self.batch_size * self.length // self.short  # about as many tokens
+        return self.moving.batch(step - number, size // self.world * self.world), self.short
 
 
 def train(
@@ -144,14 +155,12 @@ def train(
     began = time.perf_counter()
     device = torch.device(device) if device is not None else default_device()
     processes = processes or OneProcess()
-    plan = Plan(len(ids), model.config.n_positions, config, processes.world)
+    plan = Plan(len(ids), model.config, config, processes.world)
     model = model.to(device)
     state = state or new_state(model, config, config.precision)
     history, scaler, ids = state.history, state.scaler, ids.to(device)
     offsets = torch.arange(model.config.n_positions + 1, device=device)
-    share = plan.batch_size // processes.world
-    mine = slice(processes.rank * share, (processes.rank + 1) * share)
-    gradients = _gradients(state, processes, (share, len(offsets)))
+    gradients = _gradients(state, processes)
     seconds: deque[float] = deque(maxlen=10)  # of the last steps
     while True:
         if state.step >= plan.max_steps:
@@ -159,9 +168,10 @@ def train(
                 f"The target was not reached in {state.step} steps (last batch {history.losses[-1]:.4f}): "
                 "train longer (max_epochs), or lower the rates (muon_lr, adam_lr)."
             )
-        # The batch: windows of the text, (B, T + 1) tokens.
-        starts = plan.order.batch(state.step, plan.batch_size)[mine].to(device)
-        tokens = ids[(starts[:, None] + offsets) % len(ids)]
+        # The batch: this process's share of windows of the text, (B, T + 1) tokens.
+        starts, length = plan.batch(state.step)
+        starts = starts[processes.rank :: processes.world].to(device)
+        tokens = ids[(starts[:, None] + offsets[: length + 1]) % len(ids)]
 
         # Loss and gradients; a gradient longer than grad_clip is shortened to it.
         loss = processes.sum(gradients(tokens) / processes.world)
@@ -188,13 +198,13 @@ def train(
         # The record, and the whole text's loss where it may be under the target.
         state.step += 1
         history.losses.append(loss)
-        history.tokens += plan.batch_size * model.config.n_positions
+        history.tokens += len(starts) * length * processes.world
         if history.first_batch is None and loss < config.target:
             history.first_batch = state.step
         seconds.append(time.perf_counter() - began)
         text_loss = None
         if _evaluation_is_due(state, plan, config):
-            text_loss = _evaluate_near_target(state, plan, ids, config, processes)
+            text_loss = _evaluate_near_target(state, ids, config, processes)
         history.seconds += time.perf_counter() - began
         step = _report(state, plan, config, scale, sum(seconds) / len(seconds), text_loss)
         yield step
@@ -216,7 +226,9 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.final_lr + (1.0 - config.final_lr) * left
 
 
-def evaluate(model: GPT, ids: Tensor, precision: str = "fp32", processes: OneProcess | None = None) -> float:
+def evaluate(
+    model: GPT, ids: Tensor, precision: str = "fp32", processes: OneProcess | None = None
+) -> float:
     """The mean loss in nats over every token of the text ids (n,) but the first."""
     processes = processes or OneProcess()
     scores = score(model, ids, precision=precision, part=(processes.rank, processes.world))
@@ -232,9 +244,7 @@ def new_state(model: GPT, config: TrainConfig, precision: str = "auto") -> Train
     return TrainState(model, make_optimizers(model, config, precision), scaler, precision)
 
 
-def _gradients(
-    state: TrainState, processes: OneProcess, shape: tuple[int, int]
-) -> Callable[[Tensor], Tensor]:
+def _gradients(state: TrainState, processes: OneProcess) -> Callable[[Tensor], Tensor]:
     """A function of tokens (B, T + 1): forward and backward, fills the gradients, returns the loss."""
     model, device = state.model, state.model.device
     forward = processes.wrap(model)
@@ -247,7 +257,7 @@ def _gradients(
         return loss.detach()
 
     if device.type == "cuda" and processes.world == 1:
-        return capture(gradients, shape, device)
+        return CUDAGraphs(gradients, list(model.parameters()))
     return gradients
 
 
@@ -265,38 +275,26 @@ def _check(loss: float, norm: float, state: TrainState) -> None:
         )
 
 
-def _recent(state: TrainState, plan: Plan) -> float:
-    """The mean of the batches of the last quarter of an epoch: about what the text's mean will be."""
-    tail = state.history.losses[-max(1, round(plan.steps_per_epoch / 4)) :]
-    return sum(tail) / len(tail)
-
-
 def _evaluation_is_due(state: TrainState, plan: Plan, config: TrainConfig) -> bool:
-    """Whether the batches say that the whole text may be under the target.
+    """Whether to measure the whole text, which costs a third of an epoch.
 
-    A measurement costs a third of an epoch. So it waits until the batches' mean, corrected by how far it was
-    off the last time, is under the target. From the schedule's end on it is made once an epoch. A run that
-    stops on one batch is measured then.
+    That is at the schedule's end, and then once an epoch. A run that stops on one batch is measured then.
     """
     if config.stop_on == "batch":
         return state.history.first_batch is not None
-    last, ratio = state.last_evaluation
-    near = _recent(state, plan) < config.target * ratio
     beyond = state.step - plan.steps
-    late = beyond >= 0 and beyond % max(1, round(plan.steps_per_epoch)) == 0
-    return late or (near and state.step - last >= max(1, plan.steps_per_epoch / 8))
+    return beyond >= 0 and beyond % max(1, round(plan.steps_per_epoch)) == 0
 
 
-def _evaluate_near_target(state, plan, ids, config, processes) -> float:
+def _evaluate_near_target(state, ids: Tensor, config: TrainConfig, processes: OneProcess) -> float:
     """The whole text's mean, in the precision of the training, and where that is close in fp32.
 
     bf16 moves the mean of a whole text by a thousandth of its value (124M), at a third of the time.
     """
     for precision in dict.fromkeys((state.precision, "fp32")):
-        value = evaluate(state.model, ids, precision=precision, processes=processes)
+        value = evaluate(state.model, ids, precision, processes)
         if abs(value / config.target - 1) > 0.02:
             break
-    state.last_evaluation = (state.step, min(1.25, max(0.8, _recent(state, plan) / value)))
     state.history.text.append((state.step, value))
     return value
 
@@ -307,15 +305,13 @@ def _report(state, plan, config, scale: float, seconds: float, text_loss: float 
     done = text_loss is not None and text_loss < config.target
     if config.stop_on == "batch":
         done = history.first_batch is not None
-    top, bottom = math.log(math.log(state.model.config.vocab_size)), math.log(config.target)
-    loss = max(text_loss or _recent(state, plan), 1e-9)
     return Step(
         step=state.step,
         loss=history.losses[-1],
         lr=scale * (config.muon_lr if config.optimizer == "muon" else config.adam_lr),
-        tokens_per_second=plan.batch_size * state.model.config.n_positions / seconds,
+        tokens_per_second=plan.batch_size * plan.length / seconds,
         seconds_left=0.0 if done else seconds * max(1, plan.steps - state.step),
-        progress=1.0 if done else min(0.999, max(0.0, (top - math.log(loss)) / (top - bottom))),
+        progress=1.0 if done else min(0.99, state.step / plan.steps),
         text_loss=text_loss,
         done=done,
         target=config.target,

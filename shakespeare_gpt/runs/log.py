@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shakespeare_gpt.data import PACKAGE, Text
+from shakespeare_gpt.memorization import report
 from shakespeare_gpt.presets import TrainConfig
 from shakespeare_gpt.runs.checkpoint import CheckpointError
 from shakespeare_gpt.speed.devices import best_precision, device_name
@@ -23,7 +25,11 @@ from shakespeare_gpt.train import Step, TrainingError
 
 
 def logged(
-    steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any], checkpoint: Path
+    steps: Iterator[Step],
+    path: str | os.PathLike,
+    head: dict[str, Any],
+    checkpoint: Path,
+    ids: Tensor,
 ) -> Iterator[Step]:
     """Pass the steps on and write them to the log ``path``, as ``step | loss | best | lr | tokens/s``.
 
@@ -42,21 +48,25 @@ def logged(
             if first.state is None and file.tell():  # the run had ended before, and its log says so
                 yield first
                 return
-            start = f"# resumed at step {first.step}" if first.step > 1 else "step | loss | best | lr | tokens/s"
+            start = (
+                f"# resumed at step {first.step}"
+                if first.step > 1
+                else "step | loss | best | lr | tokens/s"
+            )
             if first.step == 1 and file.tell():
                 shutil.copyfile(path, path.with_suffix(".old.log"))
                 file.truncate(0)
             file.writelines(f"# {key}: {value}\n" for key, value in head.items())
             file.write(f"{start}\n")
             for step in itertools.chain([first], steps):
-                _write(file, step, checkpoint)
+                _write(file, step, checkpoint, ids)
                 yield step
         except TrainingError as error:
             file.write(f"# {error}\n")
             raise
 
 
-def _write(file, step: Step, checkpoint: Path) -> None:
+def _write(file, step: Step, checkpoint: Path, ids: Tensor) -> None:
     history = step.history
     if step.step % 10 == 0 or step.done:
         file.write(log_line(step) + "\n")
@@ -67,6 +77,7 @@ def _write(file, step: Step, checkpoint: Path) -> None:
     if step.done:
         file.write(f"# {history.tokens} tokens, {history.seconds:.1f} s\n")
         file.write(f"{end_line(step)}\nSaved checkpoint to {checkpoint.as_posix()}\n")
+        file.writelines(f"# {what}: {result}\n" for what, result in report(step.state.model, ids))
 
 
 def log_line(step: Step) -> str:

@@ -57,7 +57,7 @@ def start(
     if processes is not None and processes.rank != 0:
         return steps
     head = log_head(preset.name, text, config, device)
-    return logged(steps, Path(log or path.with_suffix(".log")), head, path)
+    return logged(steps, Path(log or path.with_suffix(".log")), head, path, text.ids)
 
 
 def resumable(
@@ -87,7 +87,9 @@ def resumable(
     # Each process measures its CPU and reads the text for itself: what differs would pull the weights apart.
     views = processes.gather((identity, precision))
     if any(theirs != identity for theirs, _ in views):
-        raise TrainingError("The processes do not train the same: give each the same settings and text.")
+        raise TrainingError(
+            "The processes do not train the same: give each the same settings and text."
+        )
     saved = None if restart or not path.exists() else _load_run(path, identity)
     if saved is not None and saved["finished"]:
         model.load_state_dict(saved["model"])
@@ -108,7 +110,12 @@ def resumable(
         if time.monotonic() - last_save > save_every:
             save()
 
-    options = {"device": device, "processes": processes, "state": state, "before_update": save_if_due}
+    options = {
+        "device": device,
+        "processes": processes,
+        "state": state,
+        "before_update": save_if_due,
+    }
     try:
         for step in train(model, ids, config, **options):
             if step.done:
@@ -142,7 +149,6 @@ def restore(state: TrainState, saved: dict[str, Any]) -> None:
         optimizer.load_state_dict(theirs)
     state.scaler.load_state_dict(saved["scaler"])
     state.step, state.history = saved["step"], History(**saved["history"])
-    state.last_evaluation = tuple(saved["last_evaluation"])
 
 
 def _contents(state, ids, config, identity, meta, last: Step | None) -> dict[str, Any]:
@@ -181,7 +187,6 @@ def _contents(state, ids, config, identity, meta, last: Step | None) -> dict[str
         **contents,
         "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
         "scaler": state.scaler.state_dict(),
-        "last_evaluation": state.last_evaluation,
     }
 
 
@@ -193,6 +198,8 @@ def _load_run(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     differs = [f"{k} {theirs.get(k)}, not {v}" for k, v in identity.items() if theirs.get(k) != v]
     if differs:
         known = "fingerprint" in saved
-        reason = f"belongs to a run with {'; '.join(differs)}" if known else "holds no run to go on with"
+        reason = (
+            f"belongs to a run with {'; '.join(differs)}" if known else "holds no run to go on with"
+        )
         raise CheckpointError(f"{path} {reason}: restart, or save elsewhere.")
     return saved

@@ -1,4 +1,4 @@
-"""One training step as a CUDA graph.
+"""A training step as a CUDA graph.
 
 A step of 8 x 256 tokens is some two thousand small kernels, and a GPU finishes each before Python has
 launched the next. Replaying a recording launches all of them at once.
@@ -12,27 +12,32 @@ import torch
 from torch import Tensor
 
 
-def capture(gradients: Callable[[Tensor], Tensor], shape: tuple[int, int], device) -> Callable:
-    """Record ``gradients``, a function of token ids (B, T + 1), and return a function that replays it.
+class CUDAGraphs:
+    """``gradients``, a function of token ids (B, T + 1), recorded once for each shape and then replayed."""
 
-    The gradients stay in the memory that the recording wrote to.
-    """
-    tokens = torch.zeros(shape, dtype=torch.int64, device=device)
-    with torch.cuda.device(device):  # streams and graphs belong to the current GPU
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # the libraries set themselves up in the first rounds
-            for _ in range(2):
-                gradients(tokens)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = gradients(tokens)
+    def __init__(self, gradients: Callable[[Tensor], Tensor], parameters: list[Tensor]):
+        self.gradients, self.parameters, self._graphs = gradients, parameters, {}
 
-    def replay(new: Tensor) -> Tensor:
-        tokens.copy_(new)
-        with torch.cuda.device(device):
+    def __call__(self, tokens: Tensor) -> Tensor:
+        if tokens.shape not in self._graphs:
+            self._graphs[tokens.shape] = self._record(tokens.clone())
+        graph, static, loss, grads = self._graphs[tokens.shape]
+        static.copy_(tokens)
+        with torch.cuda.device(tokens.device):
             graph.replay()
+        for p, grad in zip(self.parameters, grads, strict=True):
+            p.grad = grad  # each graph writes to gradients of its own
         return loss
 
-    return replay
+    def _record(self, tokens: Tensor) -> tuple:
+        with torch.cuda.device(tokens.device):  # streams and graphs belong to the current GPU
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # the libraries set themselves up in the first rounds
+                for _ in range(2):
+                    self.gradients(tokens)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = self.gradients(tokens)
+        return graph, tokens, loss, [p.grad for p in self.parameters]
