@@ -29,7 +29,7 @@ from shakespeare_gpt.runs.log import end_line, progress_line
 from shakespeare_gpt.runs.processes import connected
 from shakespeare_gpt.runs.run import start
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
-from shakespeare_gpt.sample import check_sampling, stream_text
+from shakespeare_gpt.sample import stream_text
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
 
@@ -65,7 +65,8 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"error: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print(str(error) or "interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the first of several processes speaks for all
+            print(str(error) or "interrupted", file=sys.stderr)
         return 130
 
 
@@ -157,16 +158,16 @@ def generate(options: argparse.Namespace, wrong_usage: Callable[[str], None]) ->
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     parameters = {name: getattr(options, name) for name in names}
     prompt = options.prompt.replace("\\n", "\n")
+    model, meta = load_model(options.weights or newest_checkpoint(), vocab_size=VOCAB_SIZE)
     try:
-        check_sampling(options.temperature, options.top_k, options.top_p)
+        pieces = stream_text(model, prompt, **parameters)
     except ValueError as error:
         wrong_usage(str(error))
-    model, meta = load_model(options.weights or newest_checkpoint(), vocab_size=VOCAB_SIZE)
     known = {k: meta.get(k) for k in ("preset", "text_name", "steps", "loss")}
     about = {k: v for k, v in known.items() if v is not None} | parameters
     print("#", " ".join(f"{k}={v}" for k, v in about.items()), file=sys.stderr, flush=True)
     print(prompt, end="")
-    for piece in stream_text(model, prompt, **parameters):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return 0
@@ -237,7 +238,7 @@ def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
 
 # For each command: the function, what it does, an epilog, and its arguments as (name, type, default, help).
 WEIGHTS = ("--weights", Path, None, "a .pt or .safetensors file; without it the newest in checkpoints/")
-TEXT = ("--text", Path, None, "the text that the weights learnt, if it is your own")
+TEXT = ("--text", str, None, "the text that the weights learnt, if it is your own")
 DEVICE = ("--device", str, None, "cuda, cpu, ...; without it the GPU if there is one")
 COMMANDS = (
     (

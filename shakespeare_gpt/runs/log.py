@@ -17,7 +17,7 @@ import torch
 
 from shakespeare_gpt.data import PACKAGE, Text
 from shakespeare_gpt.presets import TrainConfig
-from shakespeare_gpt.runs.checkpoint import CheckpointError
+from shakespeare_gpt.runs.checkpoint import named
 from shakespeare_gpt.speed.devices import best_precision, device_name
 from shakespeare_gpt.train import Step, TrainingError
 
@@ -31,9 +31,7 @@ def logged(
     A run that cannot go on says why in its last line. Raises CheckpointError for a name that does not end in
     .log.
     """
-    path = Path(path)
-    if path.suffix != ".log":  # a text or a checkpoint of that name would be replaced
-        raise CheckpointError(f"{path} is no name for a log: let it end in .log.")
+    path = named(path, ".log")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened before the first step: a log that cannot be written must not cost a step or a checkpoint.
     with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file:
@@ -42,7 +40,9 @@ def logged(
             if first.state is None and file.tell():  # the run had ended before, and its log says so
                 yield first
                 return
-            start = f"# resumed at step {first.step}" if first.step > 1 else "step | loss | best | lr | tokens/s"
+            start = (
+                f"# resumed at step {first.step}" if first.step > 1 else "step | loss | best | lr | tokens/s"
+            )
             if first.step == 1 and file.tell():
                 shutil.copyfile(path, path.with_suffix(".old.log"))
                 file.truncate(0)

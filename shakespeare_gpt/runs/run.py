@@ -15,7 +15,7 @@ from torch import Tensor
 from shakespeare_gpt.data import Text
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import Preset, TrainConfig
-from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, named, save_checkpoint
 from shakespeare_gpt.runs.log import log_head, logged
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name
 from shakespeare_gpt.train import (
@@ -51,7 +51,7 @@ def start(
     device = torch.device(device) if device is not None else default_device()
     model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
     meta = {"preset": preset.name, "text_name": text.name, "text_sha256": text.sha256}
-    path = Path(checkpoint or preset.checkpoint_path(text, config.seed))
+    path = named(checkpoint or preset.checkpoint_path(text, config.seed), ".pt")
     options = {"meta": meta, "device": device, "processes": processes, "restart": restart}
     steps = resumable(model, text.ids, config, path, **options)
     if processes is not None and processes.rank != 0:
