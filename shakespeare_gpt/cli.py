@@ -29,13 +29,8 @@ from shakespeare_gpt.runs.log import end_line, progress_line
 from shakespeare_gpt.runs.processes import connected
 from shakespeare_gpt.runs.run import start
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
-from shakespeare_gpt.sample import check_sampling, stream_text
-from shakespeare_gpt.speed.devices import (
-    best_precision,
-    default_device,
-    device_name,
-    keep_freed_memory,
-)
+from shakespeare_gpt.sample import stream_text
+from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
 
 STAGED = Path("build") / "space"  # where a Space is put together unless another folder is named
@@ -58,9 +53,7 @@ def run(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code. Raises SystemExit for wrong usage."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if hasattr(
-        sys.stdout, "reconfigure"
-    ):  # into a file or pipe Windows would write in its own code page
+    if hasattr(sys.stdout, "reconfigure"):  # into a file or pipe Windows would write in its own code page
         sys.stdout.reconfigure(encoding="utf-8")
     try:
         return options.command(options, options.parser.error)
@@ -72,7 +65,8 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"error: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print(str(error) or "interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # the first of several processes speaks for all
+            print(str(error) or "interrupted", file=sys.stderr)
         return 130
 
 
@@ -124,9 +118,7 @@ def train(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> in
             name, reason = config.precision, "it was asked for"
         say(f"device: {device_name(device)}; {name}, because {reason}")
         files = {"checkpoint": path, "log": options.log, "restart": options.restart}
-        steps = start(
-            preset, text, model, config=config, device=device, processes=processes, **files
-        )
+        steps = start(preset, text, model, config=config, device=device, processes=processes, **files)
         earlier = _modified(path)
         try:
             last = run_to_end(steps, _progress(say), processes)
@@ -166,16 +158,16 @@ def generate(options: argparse.Namespace, wrong_usage: Callable[[str], None]) ->
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     parameters = {name: getattr(options, name) for name in names}
     prompt = options.prompt.replace("\\n", "\n")
+    model, meta = load_model(options.weights or newest_checkpoint(), vocab_size=VOCAB_SIZE)
     try:
-        check_sampling(options.temperature, options.top_k, options.top_p)
+        pieces = stream_text(model, prompt, **parameters)
     except ValueError as error:
         wrong_usage(str(error))
-    model, meta = load_model(options.weights or newest_checkpoint(), vocab_size=VOCAB_SIZE)
     known = {k: meta.get(k) for k in ("preset", "text_name", "steps", "loss")}
     about = {k: v for k, v in known.items() if v is not None} | parameters
     print("#", " ".join(f"{k}={v}" for k, v in about.items()), file=sys.stderr, flush=True)
     print(prompt, end="")
-    for piece in stream_text(model, prompt, **parameters):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return 0
@@ -232,13 +224,8 @@ def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
 
 
 # For each command: the function, what it does, an epilog, and its arguments as (name, type, default, help).
-WEIGHTS = (
-    "--weights",
-    Path,
-    None,
-    "a .pt or .safetensors file; without it the newest in checkpoints/",
-)
-TEXT = ("--text", Path, None, "the text that the weights learnt, if it is your own")
+WEIGHTS = ("--weights", Path, None, "a .pt or .safetensors file; without it the newest in checkpoints/")
+TEXT = ("--text", str, None, "the text that the weights learnt, if it is your own")
 DEVICE = ("--device", str, None, "cuda, cpu, ...; without it the GPU if there is one")
 COMMANDS = (
     (

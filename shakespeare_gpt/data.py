@@ -187,9 +187,7 @@ class WindowOrder:
         starts = self.starts[torch.randperm(len(self.starts), generator=generator)]
         if self.kind == "moving":
             cut = torch.randint(self.tokens, (1,), generator=generator)
-            moved = torch.randint(
-                self.length, (len(starts) // self.STRETCH + 1,), generator=generator
-            )
+            moved = torch.randint(self.length, (len(starts) // self.STRETCH + 1,), generator=generator)
             starts = starts + cut + moved[starts // self.length // self.STRETCH]
         return starts
 

@@ -38,15 +38,11 @@ class Scores:
         return self.right.double().mean().item()
 
     def __str__(self) -> str:
-        return (
-            f"{self.loss:.6f} nats per token, {self.accuracy:.2%} of the tokens are the first guess"
-        )
+        return f"{self.loss:.6f} nats per token, {self.accuracy:.2%} of the tokens are the first guess"
 
 
 @torch.inference_mode()
-def score(
-    model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, int] = (0, 1)
-) -> Scores:
+def score(model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, int] = (0, 1)) -> Scores:
     """Loss and hit or miss of every token of a text ``ids`` (n,), n >= 2.
 
     The text is cut as in ``data.windows``: a token is predicted from what stands before it in its window,
@@ -186,25 +182,15 @@ def report(model: GPT, ids: Tensor, places: int = 200) -> Iterator[tuple[str, Sc
     yield "whole text", score(model, ids)
     n = len(ids)
     given, asked = min(32, n // 4), min(50, n // 4)
-    yield (
-        "from anywhere",
-        exact_recall(model, ids, prompt_tokens=given, continuation=asked, places=places),
-    )
+    yield ("from anywhere", exact_recall(model, ids, prompt_tokens=given, continuation=asked, places=places))
     lines = line_starts(ids)
     for prompt in (8, 16, 32):
         starts = lines[lines <= n - prompt - asked]
         if len(starts):
             starts = starts[torch.linspace(0, len(starts) - 1, min(places, len(starts))).long()]
-            _, kind, counts = ids.unfold(0, prompt, 1).unique(
-                dim=0, return_inverse=True, return_counts=True
-            )
+            _, kind, counts = ids.unfold(0, prompt, 1).unique(dim=0, return_inverse=True, return_counts=True)
             several = int((counts[kind[starts]] > 1).sum())
-            recall = exact_recall(
-                model, ids, prompt_tokens=prompt, continuation=asked, starts=starts
-            )
-            yield (
-                f"from lines' starts ({several} of these prompts stand in the text several times)",
-                recall,
-            )
+            recall = exact_recall(model, ids, prompt_tokens=prompt, continuation=asked, starts=starts)
+            yield (f"from lines' starts ({several} of these prompts stand in the text several times)", recall)
     if n >= 1000:
         yield "a long passage", exact_recall(model, ids, continuation=200, places=places)

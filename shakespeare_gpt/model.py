@@ -35,9 +35,7 @@ class GPTConfig:
         if min(self.vocab_size, self.n_positions, self.n_embd, self.n_layer, self.n_head) < 1:
             raise ValueError(f"every size of a GPT must be at least 1: {self}")
         if not 0 <= self.window <= self.n_positions:
-            raise ValueError(
-                f"window ({self.window}) must be from 0 to n_positions ({self.n_positions})"
-            )
+            raise ValueError(f"window ({self.window}) must be from 0 to n_positions ({self.n_positions})")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}): "
@@ -57,9 +55,7 @@ class KVCache:
     ``positions`` is the whole context unless fewer will do.
     """
 
-    def __init__(
-        self, config: GPTConfig, batch_size: int = 1, positions: int | None = None, **options
-    ):
+    def __init__(self, config: GPTConfig, batch_size: int = 1, positions: int | None = None, **options):
         """``options`` are those of ``torch.zeros``: device and dtype."""
         hs = config.n_embd // config.n_head
         positions = config.n_positions if positions is None else positions
@@ -80,9 +76,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(
-            config.n_embd, 3 * config.n_embd
-        )  # query, key and value in one product
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor, int] | None = None) -> Tensor:
@@ -186,9 +180,7 @@ class GPT(nn.Module):
         T = ids.shape[1]
         start = cache.length if cache is not None else 0
         if start + T > self.config.n_positions:
-            raise ValueError(
-                f"{start + T} tokens do not fit into the context of {self.config.n_positions}"
-            )
+            raise ValueError(f"{start + T} tokens do not fit into the context of {self.config.n_positions}")
         x = self.wte(ids) + self.wpe.weight[start : start + T]
         for i, block in enumerate(self.h):
             past = None if cache is None else (cache.keys[i], cache.values[i], start)
@@ -201,9 +193,7 @@ class GPT(nn.Module):
         """(..., C) -> logits (..., V): how well each word's embedding agrees with the stream."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(
-        self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats instead.
 
         Targets of -100 do not count. The loss never holds the logits of the whole batch, see

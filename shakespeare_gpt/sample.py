@@ -28,9 +28,7 @@ def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
         raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
 
 
-def next_token_probs(
-    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
-) -> Tensor:
+def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits (..., V) -> probabilities (..., V) in fp32.
 
     ``temperature`` divides the logits (0: greedy). Then ``top_k`` keeps the k best tokens (0: all). Of
@@ -99,9 +97,7 @@ class CachedReader:
     def __init__(self, model: GPT, batch_size: int = 1, max_tokens: int | None = None):
         self.model, self.length, self._start, self._max_tokens = model, 0, 0, max_tokens
         n = min(model.config.sampling_window, max_tokens or model.config.sampling_window)
-        weight = (
-            model.wpe.weight
-        )  # has the dtype of the activations, even where matrices are packed
+        weight = model.wpe.weight  # has the dtype of the activations, even where matrices are packed
         self._cache = KVCache(model.config, batch_size, n, device=weight.device, dtype=weight.dtype)
         # The tokens in the cache, to read them again when the window moves
         self._tokens = torch.zeros(batch_size, n, dtype=torch.int64, device=weight.device)

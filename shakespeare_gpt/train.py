@@ -114,9 +114,7 @@ class Plan:
         self.fixed = WindowOrder(tokens, self.length, kind, config.seed)
         self.moving = WindowOrder(tokens, self.short, "moving", config.seed)
         # A text of five windows cannot fill a batch of eight.
-        self.batch_size = max(
-            world, min(config.batch_size, len(self.fixed.starts)) // world * world
-        )
+        self.batch_size = max(world, min(config.batch_size, len(self.fixed.starts)) // world * world)
         self.steps_per_epoch = len(self.fixed.starts) / self.batch_size
         self.steps = max(config.min_steps, math.ceil(config.epochs * self.steps_per_epoch))
         most = math.ceil(config.max_epochs * self.steps_per_epoch)
@@ -226,9 +224,7 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.final_lr + (1.0 - config.final_lr) * left
 
 
-def evaluate(
-    model: GPT, ids: Tensor, precision: str = "fp32", processes: OneProcess | None = None
-) -> float:
+def evaluate(model: GPT, ids: Tensor, precision: str = "fp32", processes: OneProcess | None = None) -> float:
     """The mean loss in nats over every token of the text ids (n,) but the first."""
     processes = processes or OneProcess()
     scores = score(model, ids, precision=precision, part=(processes.rank, processes.world))

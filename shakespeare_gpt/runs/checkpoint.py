@@ -25,6 +25,14 @@ class CheckpointError(ShakespeareGPTError):
     """A file of weights that cannot be read or written."""
 
 
+def named(path: str | os.PathLike, suffix: str) -> Path:
+    """The path, which must end in ``suffix``: no text of yours is replaced. Raises CheckpointError."""
+    path = Path(path)
+    if path.suffix != suffix:
+        raise CheckpointError(f"{path} is no name for that file: let it end in {suffix}.")
+    return path
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` for a file that takes its place once it is complete.
@@ -50,9 +58,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
     """Write a dict of tensors and plain values to ``path``, atomically. Raises CheckpointError."""
-    path = Path(path)
-    if path.suffix != ".pt":  # a text or a log of that name would be replaced
-        raise CheckpointError(f"{path} is no name for a checkpoint: let it end in .pt.")
+    path = named(path, ".pt")
     try:
         with replacing(path) as part, open(part, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)

@@ -19,17 +19,13 @@ from torch import Tensor
 from shakespeare_gpt.data import PACKAGE, Text
 from shakespeare_gpt.memorization import report
 from shakespeare_gpt.presets import TrainConfig
-from shakespeare_gpt.runs.checkpoint import CheckpointError
+from shakespeare_gpt.runs.checkpoint import named
 from shakespeare_gpt.speed.devices import best_precision, device_name
 from shakespeare_gpt.train import Step, TrainingError
 
 
 def logged(
-    steps: Iterator[Step],
-    path: str | os.PathLike,
-    head: dict[str, Any],
-    checkpoint: Path,
-    ids: Tensor,
+    steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any], checkpoint: Path, ids: Tensor
 ) -> Iterator[Step]:
     """Pass the steps on and write them to the log ``path``, as ``step | loss | best | lr | tokens/s``.
 
@@ -37,9 +33,7 @@ def logged(
     A run that cannot go on says why in its last line. Raises CheckpointError for a name that does not end in
     .log.
     """
-    path = Path(path)
-    if path.suffix != ".log":  # a text or a checkpoint of that name would be replaced
-        raise CheckpointError(f"{path} is no name for a log: let it end in .log.")
+    path = named(path, ".log")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened before the first step: a log that cannot be written must not cost a step or a checkpoint.
     with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file:
@@ -49,9 +43,7 @@ def logged(
                 yield first
                 return
             start = (
-                f"# resumed at step {first.step}"
-                if first.step > 1
-                else "step | loss | best | lr | tokens/s"
+                f"# resumed at step {first.step}" if first.step > 1 else "step | loss | best | lr | tokens/s"
             )
             if first.step == 1 and file.tell():
                 shutil.copyfile(path, path.with_suffix(".old.log"))

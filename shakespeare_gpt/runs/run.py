@@ -15,7 +15,7 @@ from torch import Tensor
 from shakespeare_gpt.data import Text
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import Preset, TrainConfig
-from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, named, save_checkpoint
 from shakespeare_gpt.runs.log import log_head, logged
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name
 from shakespeare_gpt.train import (
@@ -51,7 +51,7 @@ def start(
     device = torch.device(device) if device is not None else default_device()
     model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
     meta = {"preset": preset.name, "text_name": text.name, "text_sha256": text.sha256}
-    path = Path(checkpoint or preset.checkpoint_path(text, config.seed))
+    path = named(checkpoint or preset.checkpoint_path(text, config.seed), ".pt")
     options = {"meta": meta, "device": device, "processes": processes, "restart": restart}
     steps = resumable(model, text.ids, config, path, **options)
     if processes is not None and processes.rank != 0:
@@ -87,9 +87,7 @@ def resumable(
     # Each process measures its CPU and reads the text for itself: what differs would pull the weights apart.
     views = processes.gather((identity, precision))
     if any(theirs != identity for theirs, _ in views):
-        raise TrainingError(
-            "The processes do not train the same: give each the same settings and text."
-        )
+        raise TrainingError("The processes do not train the same: give each the same settings and text.")
     saved = None if restart or not path.exists() else _load_run(path, identity)
     if saved is not None and saved["finished"]:
         model.load_state_dict(saved["model"])
@@ -110,12 +108,7 @@ def resumable(
         if time.monotonic() - last_save > save_every:
             save()
 
-    options = {
-        "device": device,
-        "processes": processes,
-        "state": state,
-        "before_update": save_if_due,
-    }
+    options = {"device": device, "processes": processes, "state": state, "before_update": save_if_due}
     try:
         for step in train(model, ids, config, **options):
             if step.done:
@@ -198,8 +191,6 @@ def _load_run(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     differs = [f"{k} {theirs.get(k)}, not {v}" for k, v in identity.items() if theirs.get(k) != v]
     if differs:
         known = "fingerprint" in saved
-        reason = (
-            f"belongs to a run with {'; '.join(differs)}" if known else "holds no run to go on with"
-        )
+        reason = f"belongs to a run with {'; '.join(differs)}" if known else "holds no run to go on with"
         raise CheckpointError(f"{path} {reason}: restart, or save elsewhere.")
     return saved

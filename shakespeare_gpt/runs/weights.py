@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from shakespeare_gpt.model import GPT, GPTConfig
-from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, replacing
+from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, named, replacing
 
 # The transformers library and OpenAI keep these four matrices as (in, out): the transpose of nn.Linear's.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -48,9 +48,7 @@ def save_safetensors(
     number is rounded to 8 bits of mantissa. Raises CheckpointError, also for a name that does not end in
     .safetensors.
     """
-    path = Path(path)
-    if path.suffix != ".safetensors":  # a text or a checkpoint of that name would be replaced
-        raise CheckpointError(f"{path} is no name for weights: let it end in .safetensors.")
+    path = named(path, ".safetensors")
     weights = {name: w.detach().cpu().to(dtype) for name, w in model.state_dict().items()}
     # safetensors' metadata holds strings only, so each value is JSON.
     header = {"format": "pt", "config": json.dumps(asdict(model.config)), "meta": json.dumps(meta)}
