@@ -4,8 +4,6 @@ Exit codes: 0 done, 1 not reached or refused, 2 wrong usage, 130 interrupted. Th
 error becomes a line; what is not expected keeps its traceback.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -17,7 +15,7 @@ from pathlib import Path
 import torch
 
 from shakespeare_gpt import ShakespeareGPTError
-from shakespeare_gpt.memorization import Scores, report
+from shakespeare_gpt.memorization import Scores
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
 from shakespeare_gpt.publish.space import learnt_text, list_folder, listing, size_text, stage_space
@@ -26,11 +24,12 @@ from shakespeare_gpt.publish.upload import check_name, push
 from shakespeare_gpt.runs.checkpoint import newest_checkpoint
 from shakespeare_gpt.runs.interrupt import run_to_end
 from shakespeare_gpt.runs.log import end_line, progress_line
-from shakespeare_gpt.runs.processes import connected
+from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.runs.run import start
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.sample import stream_text
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
+from shakespeare_gpt.speed.processes import connected
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
 
 STAGED = Path("build") / "space"  # where a Space is put together unless another folder is named
@@ -75,14 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="shakespeare-gpt", description="A GPT-2 that learns a text by heart."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for function, about, epilog, arguments in COMMANDS:
-        one = commands.add_parser(
-            function.__name__,
-            help=about,
-            description=about,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    for function, arguments in COMMANDS.items():
+        about, _, more = function.__doc__.partition("\n")
+        one = commands.add_parser(function.__name__, help=about, description=about, epilog=more)
         one.set_defaults(command=function, parser=one)
         for name, kind, default, what in arguments:
             if kind is bool:
@@ -97,7 +91,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def train(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
-    """Train until the target is reached; progress on standard output."""
+    """Train a GPT-2 on a text until it knows it by heart.
+
+    Ctrl-C at any time: the same command goes on from there.
+    """
     try:
         preset = get_preset(options.preset)
         given = {f.name: getattr(options, f.name, None) for f in fields(TrainConfig)}
@@ -119,23 +116,10 @@ def train(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> in
         say(f"device: {device_name(device)}; {name}, because {reason}")
         files = {"checkpoint": path, "log": options.log, "restart": options.restart}
         steps = start(preset, text, model, config=config, device=device, processes=processes, **files)
-        earlier = _modified(path)
-        try:
-            last = run_to_end(steps, _progress(say), processes)
-        except KeyboardInterrupt:
-            without = " without --restart" if options.restart else ""
-            outcome = f"Saved checkpoint to {path}; the same command{without} goes on from there."
-            if _modified(path) == earlier:
-                outcome = "Nothing new was saved."
-            raise KeyboardInterrupt(f"Interrupted. {outcome}") from None
+        last = run_to_end(steps, _progress(say), processes)
         say(end_line(last) + (", in a run that has ended before" if last.state is None else ""))
         say(f"Saved checkpoint to {path}" if last.state is not None else "--restart starts over")
     return 0
-
-
-def _modified(path: Path) -> int | None:
-    """When a file was last written, or None where there is none."""
-    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _progress(say: Callable) -> Callable:
@@ -154,7 +138,10 @@ def _progress(say: Callable) -> Callable:
 
 
 def generate(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
-    """The prompt and what follows it on standard output; what the weights are on standard error."""
+    """Let a trained model continue a prompt.
+
+    Example: shakespeare-gpt generate "JULIET:\\n" --temperature 0
+    """
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     parameters = {name: getattr(options, name) for name in names}
     prompt = options.prompt.replace("\\n", "\n")
@@ -174,7 +161,10 @@ def generate(options: argparse.Namespace, wrong_usage: Callable[[str], None]) ->
 
 
 def recite(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
-    """Measure what weights know; nothing is taken over from what the file says."""
+    """Measure, in full precision, how well weights know their text by heart.
+
+    The exit code is 0 if the whole text is under the target, else 1.
+    """
     try:
         device = default_device(options.device)
     except ValueError as error:
@@ -193,7 +183,10 @@ def recite(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
 
 
 def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
-    """Write weights, a transformers folder or a Space, and upload the Space."""
+    """Hand a trained model on: as safetensors, to transformers, as a Hugging Face Space.
+
+    Example: shakespeare-gpt export --stage build/space
+    """
     space = options.stage or options.push or options.dry_run
     if not (options.safetensors or options.transformers or space):
         wrong_usage("say what to make: --safetensors, --transformers, --stage or --push")
@@ -223,69 +216,47 @@ def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
     return 0
 
 
-# For each command: the function, what it does, an epilog, and its arguments as (name, type, default, help).
+# For each command its arguments, as (name, type, default, help).
 WEIGHTS = ("--weights", Path, None, "a .pt or .safetensors file; without it the newest in checkpoints/")
 TEXT = ("--text", str, None, "the text that the weights learnt, if it is your own")
 DEVICE = ("--device", str, None, "cuda, cpu, ...; without it the GPU if there is one")
-COMMANDS = (
-    (
-        train,
-        "Train a GPT-2 on a text until it knows it by heart.",
-        "presets:\n"
-        + "".join(f"  {preset.name:<9} {preset.about}\n" for preset in PRESETS.values())
-        + "\nCtrl-C at any time: the same command goes on from there.",
-        (
-            ("--preset", str, None, "which settings; without it gpt2 with a GPU, mini without"),
-            ("--text", str, None, "learn this text file, not the preset's text"),
-            ("--checkpoint", Path, None, "where to save; without it in checkpoints/"),
-            ("--log", Path, None, "the log; without it beside the checkpoint"),
-            ("--restart", bool, None, "start over"),
-            DEVICE,
-            ("--batch-size", int, None, "windows in a step"),
-            ("--epochs", float, None, "times through the text until the rates have come down"),
-            ("--max-epochs", float, None, "where to give up"),
-            ("--muon-lr", float, None, "peak rate of Muon"),
-            ("--adam-lr", float, None, "peak rate of AdamW"),
-            ("--windows", str, None, "moving, fixed or sequential"),
-            ("--precision", str, None, "auto, bf16, fp16 or fp32"),
-            ("--target", float, None, "the mean loss in nats at which to stop"),
-            ("--seed", int, None, "of the weights and of the order of the windows"),
-        ),
+COMMANDS = {
+    train: (
+        ("--preset", str, None, "; ".join(f"{p.name}: {p.about}" for p in PRESETS.values())),
+        ("--text", str, None, "learn this text file, not the preset's text"),
+        ("--checkpoint", Path, None, "where to save; without it in checkpoints/"),
+        ("--log", Path, None, "the log; without it beside the checkpoint"),
+        ("--restart", bool, None, "start over"),
+        DEVICE,
+        ("--batch-size", int, None, "windows in a step"),
+        ("--epochs", float, None, "times through the text until the rates have come down"),
+        ("--max-epochs", float, None, "where to give up"),
+        ("--muon-lr", float, None, "peak rate of Muon"),
+        ("--adam-lr", float, None, "peak rate of AdamW"),
+        ("--windows", str, None, "moving, fixed or sequential"),
+        ("--precision", str, None, "auto, bf16, fp16 or fp32"),
+        ("--target", float, None, "the mean loss in nats at which to stop"),
+        ("--seed", int, None, "of the weights and of the order of the windows"),
     ),
-    (
-        generate,
-        "Let a trained model continue a prompt.",
-        r"Example: shakespeare-gpt generate 'JULIET:\n' --temperature 0",
-        (
-            ("prompt", str, "", r"\n in it is a line break"),
-            WEIGHTS,
-            ("--max-new-tokens", int, 200, "how many tokens"),
-            ("--temperature", float, 0.8, "0: always the best token"),
-            ("--top-k", int, 0, "keep the k best; 0: all"),
-            ("--top-p", float, 1.0, "keep the best that reach p"),
-            ("--seed", int, 0, "the same seed, the same text"),
-        ),
+    generate: (
+        ("prompt", str, "", r"\n in it is a line break"),
+        WEIGHTS,
+        ("--max-new-tokens", int, 200, "how many tokens"),
+        ("--temperature", float, 0.8, "0: always the best token"),
+        ("--top-k", int, 0, "keep the k best; 0: all"),
+        ("--top-p", float, 1.0, "keep the best that reach p"),
+        ("--seed", int, 0, "the same seed, the same text"),
     ),
-    (
-        recite,
-        "Measure, in full precision, how well weights know their text by heart.",
-        "The exit code is 0 if the whole text is under the target, else 1.",
-        (WEIGHTS, TEXT, DEVICE),
+    recite: (WEIGHTS, TEXT, DEVICE),
+    export: (
+        WEIGHTS,
+        TEXT,
+        ("--safetensors", Path, None, "write the weights to this file"),
+        ("--transformers", Path, None, "write a folder that transformers opens"),
+        ("--stage", Path, None, "put the complete Space into this folder"),
+        ("--push", str, None, "stage the Space and upload it to USER/NAME"),
+        ("--private", bool, None, "with --push: a new Space is private"),
+        ("--dry-run", bool, None, "upload nothing: list what would go"),
+        ("--dtype", tuple(DTYPES), None, "of the weights; without it fp32, for the Space bf16"),
     ),
-    (
-        export,
-        "Hand a trained model on: as safetensors, to transformers, as a Hugging Face Space.",
-        f"Example: shakespeare-gpt export --stage {STAGED.as_posix()}",
-        (
-            WEIGHTS,
-            TEXT,
-            ("--safetensors", Path, None, "write the weights to this file"),
-            ("--transformers", Path, None, "write a folder that transformers opens"),
-            ("--stage", Path, None, "put the complete Space into this folder"),
-            ("--push", str, None, "stage the Space and upload it to USER/NAME"),
-            ("--private", bool, None, "with --push: a new Space is private"),
-            ("--dry-run", bool, None, "upload nothing: list what would go"),
-            ("--dtype", tuple(DTYPES), None, "of the weights; without it fp32, for the Space bf16"),
-        ),
-    ),
-)
+}

@@ -4,8 +4,6 @@
 once, checked, kept in a cache), and takes any path to a text file of your own.
 """
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import os
@@ -28,9 +26,7 @@ TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-# Another address, or a file that is already here, for machines that cannot reach the one above.
-SOURCE_VARIABLE = "SHAKESPEARE_GPT_TINYSHAKESPEARE"
-TIMEOUT = 20.0  # seconds without a byte before a download is given up
+SOURCE_VARIABLE = "SHAKESPEARE_GPT_TINYSHAKESPEARE"  # another address, or a file that is already here
 
 
 class TextError(ShakespeareGPTError, ValueError):
@@ -57,16 +53,10 @@ def load_text(
     """Read a text: ``"input"``, ``"tinyshakespeare"`` or the path of a UTF-8 file.
 
     ``max_tokens`` keeps the beginning: whole lines, or whole characters where the first line is longer.
-    Raises TextError for a file that is missing, empty, not UTF-8, or shorter than one window of ``context``
-    + 1 tokens.
+    Raises TextError for a file that is missing, empty, not UTF-8, or shorter than ``context`` + 1 tokens.
     """
-    if source == "input":
-        path, name = SHIPPED / "input.txt", "input"
-    elif source == "tinyshakespeare":
-        path, name = tiny_shakespeare(), "tinyshakespeare"
-    else:
-        path = Path(source).expanduser()
-        name = path.stem
+    known = {"input": lambda: SHIPPED / "input.txt", "tinyshakespeare": tiny_shakespeare}
+    path = known[source]() if source in known else Path(source).expanduser()
     text = _read(path)
     ids = encode(text)
     if max_tokens is not None and len(ids) > max_tokens:
@@ -74,29 +64,19 @@ def load_text(
         text = text[: text.rfind("\n") + 1] or text
         ids = encode(text)
     if len(ids) < context + 1:
-        raise TextError(
-            f"{path.name} has only {len(ids)} tokens: one window takes {context + 1}. "
-            "Give a longer text (about a page)."
-        )
+        raise TextError(f"{path.name} has only {len(ids)} tokens, not {context + 1}: give a page or more.")
+    name = source if source in known else path.stem
     return Text(name, text, torch.tensor(ids, dtype=torch.int64))
 
 
 def _read(path: Path) -> str:
     """A text file's content, with line ends as ``\\n`` and without a byte-order mark."""
-    if path.is_dir():
-        raise TextError(f"{path} is a folder: name a text file.")
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise TextError(f"{path} does not exist: check the path of your text file.") from None
+        text = re.sub("\r+\n", "\n", path.read_bytes().decode("utf-8").lstrip("\ufeff"))
     except OSError as error:
-        raise TextError(f"{path} cannot be read: {error.strerror}.") from None
-    try:
-        text = re.sub("\r+\n", "\n", raw.decode("utf-8").lstrip("\ufeff"))
+        raise TextError(f"{path} cannot be read ({error.strerror}): name a text file that can.") from None
     except UnicodeDecodeError as error:
-        raise TextError(
-            f"{path} is not UTF-8 (byte {error.start}): save it again with the encoding UTF-8."
-        ) from None
+        raise TextError(f"{path} is not UTF-8 (byte {error.start}): save it again as UTF-8.") from None
     if not text.strip():
         raise TextError(f"{path} is empty: put the text to learn into it.")
     # The tokenizer's pattern fails at about a million, in the middle of tiktoken's Rust.
@@ -125,7 +105,7 @@ def tiny_shakespeare() -> Path:
             "SHAKESPEARE_GPT_TEXT is the variable for a text of your own."
         )
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
+    socket.setdefaulttimeout(20.0)  # seconds without a byte
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
@@ -166,10 +146,10 @@ def windows(ids: Tensor, context: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 class WindowOrder:
     """Which windows of ``length`` tokens stand in which batch, as a function of its number alone.
 
-    "fixed" windows are always the same, in a new order in each epoch; "sequential" ones come in the order of
-    the text. "moving" windows stand at other places in each epoch: the text, read as a ring, is cut anywhere
-    into stretches of eight windows, and each stretch is moved by a random part of a window. The order of an
-    epoch is drawn from (seed, epoch), so that a resumed run reads what an uninterrupted one would.
+    "fixed" windows are always the same, in a new order in each epoch; "sequential" ones are in the text's.
+    "moving" ones stand elsewhere in each epoch: the text, read as a ring, is cut anywhere into stretches of
+    eight windows, and each stretch is moved by a random part of a window. All is drawn from (seed, epoch),
+    so that a resumed run reads what an uninterrupted one would.
     """
 
     STRETCH = 8
@@ -192,7 +172,7 @@ class WindowOrder:
         return starts
 
     def batch(self, number: int, size: int) -> Tensor:
-        """The starts of the windows of a batch, (size,). It may hold the end of one epoch and the next one's start."""
+        """The starts of a batch's windows, (size,). A batch may begin in one epoch and end in the next."""
         n = len(self.starts)
         first, last = number * size // n, ((number + 1) * size - 1) // n
         order = torch.cat([self.epoch(epoch) for epoch in range(first, last + 1)])

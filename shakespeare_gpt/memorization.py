@@ -4,9 +4,7 @@ Carlini et al. (2023) call a passage memorized if the model, given what stands b
 for word with greedy decoding. ``exact_recall`` asks that at many places of the text.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +14,8 @@ from shakespeare_gpt.data import windows
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.sample import CachedReader
 from shakespeare_gpt.speed.devices import autocast
-from shakespeare_gpt.tokenizer import token_bytes
 
-BATCH_TOKENS = 4096  # read in one forward pass
-CHUNK_ROWS = 1024  # logits of so many tokens exist at a time: 206 MB in fp32
+BATCH_TOKENS, CHUNK_ROWS = 4096, 1024  # tokens read in one pass; logits at a time, 206 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -43,15 +39,14 @@ class Scores:
 
 @torch.inference_mode()
 def score(model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, int] = (0, 1)) -> Scores:
-    """Loss and hit or miss of every token of a text ``ids`` (n,), n >= 2.
+    """Loss and hit or miss of every token of a text ids (n,); ValueError for n < 2.
 
-    The text is cut as in ``data.windows``: a token is predicted from what stands before it in its window,
-    and each counts once. A text shorter than one window is one short window. ``part`` is (i, m) to score
-    only the i-th of m parts. Raises ValueError for a text in which there is nothing to predict.
+    Each token is predicted once, from what stands before it in its window (see ``data.windows``); a short
+    text is one short window. ``part`` is (i, m) to score only the i-th of m parts.
     """
     ids = torch.as_tensor(ids, dtype=torch.int64).cpu()
     if len(ids) < 2:
-        raise ValueError("a text must have at least 2 tokens: the first one is not predicted")
+        raise ValueError("a text must have at least 2 tokens: the first is not predicted")
     if len(ids) <= model.config.n_positions:
         x, y = ids[None, :-1], ids[None, 1:]
         mask = torch.ones_like(y, dtype=torch.bool)
@@ -59,16 +54,13 @@ def score(model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, 
         _, x, y, mask = windows(ids, model.config.n_positions)
     first, parts = part
     x, y, mask = x[first::parts], y[first::parts], mask[first::parts]
-    losses, right = torch.empty(y.shape), torch.empty(y.shape, dtype=torch.bool)
-    size = max(1, BATCH_TOKENS // x.shape[1])
+    size, rows = max(1, BATCH_TOKENS // x.shape[1]), []
     with autocast(model.device, precision):
-        for i in range(0, len(x), size):
-            hidden = model.hidden(x[i : i + size].to(model.device)).flatten(0, 1)
-            labels = y[i : i + size].flatten().to(model.device)
-            chunks = zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True)
-            rows = [_score_rows(model.head(h), t) for h, t in chunks]
-            losses[i : i + size] = torch.cat([loss for loss, _ in rows]).view_as(x[i : i + size])
-            right[i : i + size] = torch.cat([hit for _, hit in rows]).view_as(x[i : i + size])
+        for tokens, labels in zip(x.split(size), y.split(size), strict=True):
+            hidden = model.hidden(tokens.to(model.device)).flatten(0, 1).split(CHUNK_ROWS)
+            labels = labels.flatten().to(model.device).split(CHUNK_ROWS)
+            rows += [_score_rows(model.head(h), t) for h, t in zip(hidden, labels, strict=True)]
+    losses, right = (torch.cat(part).view(y.shape) for part in zip(*rows, strict=True))
     return Scores(losses[mask], right[mask])
 
 
@@ -121,7 +113,6 @@ def exact_recall(
     places: int = 200,
     starts: Sequence[int] | None = None,
     seed: int = 0,
-    batch_size: int = 200,
 ) -> Recall:
     """Prompt with a few tokens of the text ``ids`` (n,), continue greedily, count what matches.
 
@@ -129,13 +120,11 @@ def exact_recall(
     of the prompts. Raises ValueError for a text too short for one place and for starts outside it.
     """
     ids = torch.as_tensor(ids, dtype=torch.int64)
-    if prompt_tokens < 1 or continuation < 1 or places < 1:
-        raise ValueError("prompt_tokens, continuation and places must each be at least 1")
     possible = len(ids) - prompt_tokens - continuation + 1
-    if possible < 1:
+    if possible < 1 or min(prompt_tokens, continuation, places) < 1:
         raise ValueError(
-            f"a text of {len(ids)} tokens is too short for {prompt_tokens} tokens of prompt and "
-            f"{continuation} of continuation"
+            f"prompt_tokens, continuation and places must be at least 1, and a text of {len(ids)} tokens "
+            f"long enough for {prompt_tokens} and {continuation} tokens"
         )
     if starts is None:
         order = torch.randperm(possible, generator=torch.Generator().manual_seed(seed))
@@ -145,7 +134,7 @@ def exact_recall(
         raise ValueError(f"starts must lie in 0..{possible - 1}, and there must be at least one")
     passages = ids[starts[:, None] + torch.arange(prompt_tokens + continuation)]
     matched = []
-    for batch in passages.split(batch_size):
+    for batch in passages.split(200):
         prompt, truth = batch.to(model.device).split([prompt_tokens, continuation], 1)
         reader, said = CachedReader(model, len(batch), prompt_tokens + continuation), [prompt]
         for _ in range(continuation):
@@ -153,44 +142,3 @@ def exact_recall(
         hits = torch.cat(said[1:], 1) == truth
         matched.append(hits.cumprod(1).sum(1).cpu())
     return Recall(starts.tolist(), torch.cat(matched), prompt_tokens, continuation)
-
-
-def first_difference(a: Sequence, b: Sequence) -> int | None:
-    """Where two sequences (texts, token ids) first differ; None where they are equal.
-
-    Where one is the beginning of the other, that is the length of the shorter.
-    """
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return None if len(a) == len(b) else min(len(a), len(b))
-
-
-def line_starts(ids: Tensor) -> Tensor:
-    """Where the lines of a text ids (n,) begin, as offsets of tokens: after a line end, and no line end."""
-    kinds, index = torch.as_tensor(ids).unique(return_inverse=True)
-    ends = torch.tensor([token_bytes(kind).endswith(b"\n") for kind in kinds.tolist()])[index]
-    return (ends[:-1] & ~ends[1:]).nonzero()[:, 0] + 1
-
-
-def report(model: GPT, ids: Tensor, places: int = 200) -> Iterator[tuple[str, Scores | Recall]]:
-    """What a model knows of the text ids (n,), in full precision: (what was measured, the result), one by one.
-
-    The loss of the whole text; recall from anywhere; from the starts of lines, as people type them, after
-    8, 16 and 32 tokens; and how far it goes when it is asked for 200 tokens.
-    """
-    yield "whole text", score(model, ids)
-    n = len(ids)
-    given, asked = min(32, n // 4), min(50, n // 4)
-    yield ("from anywhere", exact_recall(model, ids, prompt_tokens=given, continuation=asked, places=places))
-    lines = line_starts(ids)
-    for prompt in (8, 16, 32):
-        starts = lines[lines <= n - prompt - asked]
-        if len(starts):
-            starts = starts[torch.linspace(0, len(starts) - 1, min(places, len(starts))).long()]
-            _, kind, counts = ids.unfold(0, prompt, 1).unique(dim=0, return_inverse=True, return_counts=True)
-            several = int((counts[kind[starts]] > 1).sum())
-            recall = exact_recall(model, ids, prompt_tokens=prompt, continuation=asked, starts=starts)
-            yield (f"from lines' starts ({several} of these prompts stand in the text several times)", recall)
-    if n >= 1000:
-        yield "a long passage", exact_recall(model, ids, continuation=200, places=places)

@@ -8,8 +8,6 @@ their weights as ``nn.Linear`` does, (out, in); OpenAI's files hold the transpos
 Shapes: B sequences, T tokens, C channels (``n_embd``), nh heads of hs = C / nh channels, V words.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -37,10 +35,7 @@ class GPTConfig:
         if not 0 <= self.window <= self.n_positions:
             raise ValueError(f"window ({self.window}) must be from 0 to n_positions ({self.n_positions})")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head}): "
-                "each head gets an equal share of the channels"
-            )
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
 
     @property
     def sampling_window(self) -> int:
@@ -65,9 +60,7 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot keep {length} tokens of {self.length}")
-        self.length = length
+        self.length = min(length, self.length)
 
 
 class CausalSelfAttention(nn.Module):
@@ -95,11 +88,9 @@ class CausalSelfAttention(nn.Module):
             if T > 1 and length > 0:
                 # Row i is the token at position length + i: it sees everything up to itself.
                 mask = torch.ones(T, length + T, dtype=torch.bool, device=x.device).tril(length)
-        # softmax(q k^T / sqrt(hs)) v, with the upper triangle masked out; as precise as the cache
-        y = F.scaled_dot_product_attention(
-            q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None and T > 1
-        )
-        return self.c_proj(y.to(x.dtype).transpose(1, 2).reshape(B, T, C))
+        # softmax(q k^T / sqrt(hs)) v, with the upper triangle masked out
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
@@ -196,8 +187,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats instead.
 
-        Targets of -100 do not count. The loss never holds the logits of the whole batch, see
-        ``speed.fused_loss``; it equals ``F.cross_entropy`` of the logits.
+        Targets of -100 do not count. It equals ``F.cross_entropy`` of the logits, see ``speed.fused_loss``.
         """
         x = self.hidden(ids, cache)
         if targets is None:

@@ -1,8 +1,7 @@
 """Sampling: a prompt in, a stream of tokens or of text out."""
 
-from __future__ import annotations
-
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -90,7 +89,7 @@ def window_start(length: int, window: int) -> int:
 class CachedReader:
     """Reads B texts of equal length, a few tokens at a time, with a key-value cache and a sliding window.
 
-    The logits equal, up to rounding, the model's own on ``ids[window_start(len(ids), config.sampling_window):]``.
+    The logits equal, up to rounding, the model's own on ``ids[window_start(len(ids), window):]``.
     ``length`` counts the tokens read. With ``max_tokens``, the cache is only as large as they need.
     """
 
@@ -229,32 +228,16 @@ def _choose(logits: Tensor, proposal: list[int], sampling, random: torch.Generat
     return tokens
 
 
-def stream_text(model: GPT, prompt: str, *, stop: Sequence[str] = (), **options) -> Iterator[str]:
-    """Continue a text, in pieces of whole characters. The ``options`` are those of ``generate``.
-
-    It also ends at the end-of-text token, and before a ``stop`` string, no part of which is ever shown.
-    """
-    stops = [stop] if isinstance(stop, str) else list(stop)
-    if not all(stops):
-        raise ValueError("a stop string must have at least one character")
-    return _stream(generate(model, encode(prompt), **options), stops)
+def stream_text(model: GPT, prompt: str, **options) -> Iterator[str]:
+    """Continue a text, in pieces of whole characters; the ``options`` are those of ``generate``."""
+    return _stream(generate(model, encode(prompt), **options))
 
 
-def _stream(tokens: Iterator[int], stops: list[str]) -> Iterator[str]:
-    decoder, held = StreamDecoder(), ""
+def _stream(tokens: Iterator[int]) -> Iterator[str]:
+    decoder = StreamDecoder()
     with contextlib.closing(tokens):  # closing this iterator stops the model too
-        for token in tokens:
-            if token == END_OF_TEXT:
-                break
-            held += decoder.feed(token)
-            # The stop string that is complete first counts. An end that could become one is held back.
-            found = [(held.find(s) + len(s), held.find(s)) for s in stops if s in held]
-            begun = (i for i in range(len(held)) if any(s.startswith(held[i:]) for s in stops))
-            end = min(found)[1] if found else next(begun, len(held))
-            if end:
-                yield held[:end]
-            if found:
-                return
-            held = held[end:]
-    if rest := held + decoder.flush():
+        for token in itertools.takewhile(lambda token: token != END_OF_TEXT, tokens):
+            if piece := decoder.feed(token):
+                yield piece
+    if rest := decoder.flush():
         yield rest

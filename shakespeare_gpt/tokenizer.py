@@ -8,8 +8,6 @@ again and again. Any text can be encoded, and decoding gives it back exactly.
 file as ``gpt2.tiktoken`` (source and licence in ``gpt2.tiktoken.LICENSE``), and tiktoken's classes read it.
 """
 
-from __future__ import annotations
-
 import base64
 import codecs
 import functools

@@ -1,12 +1,9 @@
 """The training loop: windows of a text in, weights that know the text by heart out.
 
-``train`` is a generator that yields a ``Step`` after every update, so that a notebook can draw, a test can
-count and the command line can print, and none of that stands in the loop. It touches no file, signal or
-setting of the process: see ``runs`` for what a long run needs around it. The run ends when the mean loss over
-the *whole text* is under the target. One batch under it is luck, and is only noted.
+``train`` is a generator that yields a ``Step`` after every update, so that its caller can draw or print. It
+touches no file, signal or setting of the process: see ``runs`` for what a long run needs around it. The run
+ends when the mean loss over the *whole text* is under the target. One batch under it is luck.
 """
-
-from __future__ import annotations
 
 import math
 import time
@@ -26,6 +23,7 @@ from shakespeare_gpt.presets import TrainConfig
 from shakespeare_gpt.speed.cuda_graph import CUDAGraphs
 from shakespeare_gpt.speed.devices import autocast, best_precision, default_device
 from shakespeare_gpt.speed.muon import make_optimizers
+from shakespeare_gpt.speed.processes import OneProcess
 
 
 class TrainingError(ShakespeareGPTError):
@@ -38,7 +36,7 @@ class TargetNotReached(TrainingError):
 
 @dataclass
 class History:
-    """The run so far, kept in the checkpoint so that a resumed run draws the whole curve."""
+    """The run so far, kept in the checkpoint."""
 
     losses: list[float] = field(default_factory=list)  # of each step's batch, before its update
     text: list[tuple[int, float]] = field(default_factory=list)  # (step, mean over the whole text)
@@ -82,31 +80,13 @@ class Step:
         return min(self.history.losses)
 
 
-class OneProcess:
-    """Training on one device; ``runs.processes`` has the same for several."""
-
-    rank, world = 0, 1
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module whose backward pass averages the gradients over all processes."""
-        return model
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes."""
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        """What each process gives here, in the order of their ranks."""
-        return [value]
-
-
 class Plan:
     """How a text is read: which windows make a batch, and how many steps there are."""
 
     def __init__(self, tokens: int, model: GPTConfig, config: TrainConfig, world: int = 1):
         if config.batch_size % world:
             raise TrainingError(
-                f"A batch of {config.batch_size} cannot be shared by {world} processes: choose a multiple."
+                f"Choose a batch size that {world} processes can share, not {config.batch_size}."
             )
         self.config, self.world = config, world
         self.length, self.short = model.n_positions, model.sampling_window
@@ -130,6 +110,12 @@ class Plan:
         size = self.batch_size * self.length // self.short  # about as many tokens
         return self.moving.batch(step - number, size // self.world * self.world), self.short
 
+    def evaluates_at(self, step: int, history: History) -> bool:
+        """Whether to measure the whole text after a step: at the schedule's end, then once an epoch."""
+        if self.config.stop_on == "batch":
+            return history.first_batch is not None
+        return step >= self.steps and (step - self.steps) % max(1, round(self.steps_per_epoch)) == 0
+
 
 def train(
     model: GPT,
@@ -144,11 +130,9 @@ def train(
     """Train ``model`` on a text's ids (n,) until it knows them by heart; yield a Step after each update.
 
     ``state`` is that of an interrupted run of the same model: the numbers go on as if nothing had happened.
-    ``before_update`` is called at each step when the loss has just shown that the present weights are good,
-    which makes it the moment to save them. ``processes`` shares the work among several.
-
-    Raises TrainingError when the loss is no longer a number or explodes, and TargetNotReached when
-    ``max_epochs`` did not suffice.
+    ``before_update`` is called when a step's loss has shown that the present weights are good: the moment to
+    save them. ``processes`` shares the work among several. Raises TrainingError when the loss is no longer a
+    number or explodes, and TargetNotReached when ``max_epochs`` did not suffice.
     """
     began = time.perf_counter()
     device = torch.device(device) if device is not None else default_device()
@@ -164,12 +148,12 @@ def train(
         if state.step >= plan.max_steps:
             raise TargetNotReached(
                 f"The target was not reached in {state.step} steps (last batch {history.losses[-1]:.4f}): "
-                "train longer (max_epochs), or lower the rates (muon_lr, adam_lr)."
+                "train longer (epochs, max_epochs), or lower the rates (muon_lr, adam_lr)."
             )
         # The batch: this process's share of windows of the text, (B, T + 1) tokens.
         starts, length = plan.batch(state.step)
-        starts = starts[processes.rank :: processes.world].to(device)
-        tokens = ids[(starts[:, None] + offsets[: length + 1]) % len(ids)]
+        starts = starts[processes.rank :: processes.world, None].to(device)
+        tokens = ids[(starts + offsets[: length + 1]) % len(ids)]
 
         # Loss and gradients; a gradient longer than grad_clip is shortened to it.
         loss = processes.sum(gradients(tokens) / processes.world)
@@ -193,20 +177,34 @@ def train(
                 scaler.step(optimizer)
         scaler.update()
 
-        # The record, and the whole text's loss where it may be under the target.
+        # The record, and the whole text's loss where it is due.
         state.step += 1
         history.losses.append(loss)
-        history.tokens += len(starts) * length * processes.world
+        history.tokens += tokens[:, 1:].numel() * processes.world
         if history.first_batch is None and loss < config.target:
             history.first_batch = state.step
         seconds.append(time.perf_counter() - began)
         text_loss = None
-        if _evaluation_is_due(state, plan, config):
+        if plan.evaluates_at(state.step, history):
             text_loss = _evaluate_near_target(state, ids, config, processes)
+            history.text.append((state.step, text_loss))
+        done = text_loss is not None and (text_loss < config.target or config.stop_on == "batch")
+        per_step = sum(seconds) / len(seconds)
         history.seconds += time.perf_counter() - began
-        step = _report(state, plan, config, scale, sum(seconds) / len(seconds), text_loss)
-        yield step
-        if step.done:
+        yield Step(
+            step=state.step,
+            loss=loss,
+            lr=scale * (config.muon_lr if config.optimizer == "muon" else config.adam_lr),
+            tokens_per_second=plan.batch_size * plan.length / per_step,
+            seconds_left=0.0 if done else per_step * max(1, plan.steps - state.step),
+            progress=1.0 if done else min(0.99, state.step / plan.steps),
+            text_loss=text_loss,
+            done=done,
+            target=config.target,
+            history=history,
+            state=state,
+        )
+        if done:
             return
         began = time.perf_counter()
 
@@ -230,6 +228,18 @@ def evaluate(model: GPT, ids: Tensor, precision: str = "fp32", processes: OnePro
     scores = score(model, ids, precision=precision, part=(processes.rank, processes.world))
     total = scores.losses.double().sum().to(model.device)
     return processes.sum(total).item() / (len(ids) - 1)
+
+
+def _evaluate_near_target(state, ids: Tensor, config: TrainConfig, processes: OneProcess) -> float:
+    """The whole text's mean, in the precision of the training, and where that is close in fp32.
+
+    bf16 moves the mean of a whole text by a thousandth of its value (124M), at a third of the time.
+    """
+    for precision in dict.fromkeys((state.precision, "fp32")):
+        value = evaluate(state.model, ids, precision, processes)
+        if abs(value / config.target - 1) > 0.02:
+            break
+    return value
 
 
 def new_state(model: GPT, config: TrainConfig, precision: str = "auto") -> TrainState:
@@ -269,48 +279,3 @@ def _check(loss: float, norm: float, state: TrainState) -> None:
             f"The loss exploded at step {state.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g}): "
             "start over with lower rates (muon_lr, adam_lr)."
         )
-
-
-def _evaluation_is_due(state: TrainState, plan: Plan, config: TrainConfig) -> bool:
-    """Whether to measure the whole text, which costs a third of an epoch.
-
-    That is at the schedule's end, and then once an epoch. A run that stops on one batch is measured then.
-    """
-    if config.stop_on == "batch":
-        return state.history.first_batch is not None
-    beyond = state.step - plan.steps
-    return beyond >= 0 and beyond % max(1, round(plan.steps_per_epoch)) == 0
-
-
-def _evaluate_near_target(state, ids: Tensor, config: TrainConfig, processes: OneProcess) -> float:
-    """The whole text's mean, in the precision of the training, and where that is close in fp32.
-
-    bf16 moves the mean of a whole text by a thousandth of its value (124M), at a third of the time.
-    """
-    for precision in dict.fromkeys((state.precision, "fp32")):
-        value = evaluate(state.model, ids, precision, processes)
-        if abs(value / config.target - 1) > 0.02:
-            break
-    state.history.text.append((state.step, value))
-    return value
-
-
-def _report(state, plan, config, scale: float, seconds: float, text_loss: float | None) -> Step:
-    """A Step: ``scale`` is the share of the peak rate, ``seconds`` the time of a step."""
-    history = state.history
-    done = text_loss is not None and text_loss < config.target
-    if config.stop_on == "batch":
-        done = history.first_batch is not None
-    return Step(
-        step=state.step,
-        loss=history.losses[-1],
-        lr=scale * (config.muon_lr if config.optimizer == "muon" else config.adam_lr),
-        tokens_per_second=plan.batch_size * plan.length / seconds,
-        seconds_left=0.0 if done else seconds * max(1, plan.steps - state.step),
-        progress=1.0 if done else min(0.99, state.step / plan.steps),
-        text_loss=text_loss,
-        done=done,
-        target=config.target,
-        history=history,
-        state=state,
-    )

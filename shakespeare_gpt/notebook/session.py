@@ -1,7 +1,5 @@
 """How a notebook begins: in the right folder, with its preset, its text and a model that knows it."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path

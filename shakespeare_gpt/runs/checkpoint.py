@@ -3,8 +3,6 @@
 A checkpoint is a dict of tensors and plain values in a ``.pt`` file, read with ``weights_only=True``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import os

@@ -1,7 +1,5 @@
 """Stopping a run between two steps: a step cut in half would leave half-updated weights."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +7,8 @@ from contextlib import closing, contextmanager
 
 import torch.distributed as dist
 
-from shakespeare_gpt.train import OneProcess, Step
+from shakespeare_gpt.speed.processes import OneProcess
+from shakespeare_gpt.train import Step
 
 
 def run_to_end(
@@ -25,7 +24,7 @@ def run_to_end(
         for step in steps:
             show(step)
             if not step.done and any(processes.gather(interrupted())):
-                raise KeyboardInterrupt("training was interrupted; run it again to go on")
+                raise KeyboardInterrupt("Interrupted. Run it again, without restart, to go on.")
     return step
 
 

@@ -1,7 +1,5 @@
 """The log of a run: a head that says what ran, then every tenth step, as a file that a reader can trace."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import platform
@@ -17,9 +15,9 @@ import torch
 from torch import Tensor
 
 from shakespeare_gpt.data import PACKAGE, Text
-from shakespeare_gpt.memorization import report
 from shakespeare_gpt.presets import TrainConfig
 from shakespeare_gpt.runs.checkpoint import named
+from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.speed.devices import best_precision, device_name
 from shakespeare_gpt.train import Step, TrainingError
 

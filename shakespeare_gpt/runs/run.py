@@ -1,7 +1,5 @@
 """A run that outlives interruptions: saved by the clock and at its end, and resumed exactly."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator
@@ -18,16 +16,8 @@ from shakespeare_gpt.presets import Preset, TrainConfig
 from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, named, save_checkpoint
 from shakespeare_gpt.runs.log import log_head, logged
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name
-from shakespeare_gpt.train import (
-    History,
-    OneProcess,
-    Step,
-    TargetNotReached,
-    TrainingError,
-    TrainState,
-    new_state,
-    train,
-)
+from shakespeare_gpt.speed.processes import OneProcess
+from shakespeare_gpt.train import History, Step, TargetNotReached, TrainingError, TrainState, new_state, train
 
 
 def start(

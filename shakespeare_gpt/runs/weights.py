@@ -4,8 +4,6 @@ A ``.pt`` file is a pickle, which whoever opens it has to trust. A safetensors f
 and nothing that could run, so that is what is handed on.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import asdict

@@ -4,8 +4,6 @@ A step of 8 x 256 tokens is some two thousand small kernels, and a GPU finishes 
 launched the next. Replaying a recording launches all of them at once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

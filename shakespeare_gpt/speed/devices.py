@@ -1,7 +1,5 @@
 """What a device is called, which precision suits it, and how a CPU is kept quick."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -5,8 +5,6 @@ The gradient of the loss with respect to the logits is softmax - onehot. It is k
 are, so each block of rows becomes its share of both gradients at once and is then forgotten.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

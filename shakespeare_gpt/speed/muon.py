@@ -5,8 +5,6 @@ the processor only emulates it (a T4, a CPU without bf16 instructions). The upda
 compares the two. The method: https://kellerjordan.github.io/posts/muon/
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

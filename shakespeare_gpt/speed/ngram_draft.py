@@ -5,8 +5,6 @@ Leviathan et al., 2023; Chen et al., 2023). The model decides every token, with 
 without a draft. Only rounding differs: it can decide between two nearly tied tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

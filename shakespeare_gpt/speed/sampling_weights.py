@@ -1,7 +1,5 @@
 """Smaller weights for sampling. Each new token reads every weight once, so fewer bytes take less time."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """One run in several processes, one for each GPU, as ``torchrun`` starts them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +10,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from shakespeare_gpt.train import OneProcess
+
+class OneProcess:
+    """Training on one device."""
+
+    rank, world = 0, 1
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The module whose backward pass averages the gradients over all processes."""
+        return model
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives here, in the order of their ranks."""
+        return [value]
 
 
 class SeveralProcesses(OneProcess):
