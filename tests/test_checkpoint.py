@@ -1,5 +1,6 @@
-"""Checkpoints: whole or not at all, read without running code, and refused in one line."""
+"""Checkpoints and weights: whole or not at all, read without running code, and refused in one line."""
 
+import contextlib
 import errno
 import json
 import os
@@ -11,20 +12,19 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_run import one_line
 
-from shakespeare_gpt import checkpoint as module
-from shakespeare_gpt.checkpoint import (
+from shakespeare_gpt.data import PACKAGE
+from shakespeare_gpt.model import GPT, GPTConfig
+from shakespeare_gpt.runs.checkpoint import (
     FORMAT,
     CheckpointError,
-    chosen_weights,
-    from_openai,
     load_checkpoint,
-    load_model,
-    safetensors_header,
+    newest_checkpoint,
+    replacing,
     save_checkpoint,
-    to_openai,
 )
-from shakespeare_gpt.model import GPT, GPTConfig
+from shakespeare_gpt.runs.weights import from_openai, load_model, save_safetensors, to_openai
 
 TINY = GPTConfig(vocab_size=101, n_positions=16, n_embd=24, n_layer=2, n_head=3)
 META = {"preset": "tiny", "steps": 12, "loss": 0.0987, "text_name": "Märchen", "first": None}
@@ -38,15 +38,15 @@ def tiny_model(seed: int = 0) -> GPT:
     return model
 
 
+def header(config=TINY, meta=META) -> dict[str, str]:
+    """What a safetensors file of ours says about its tensors."""
+    sizes = config if isinstance(config, dict) else asdict(config)
+    return {"config": json.dumps(sizes), "meta": json.dumps(meta)}
+
+
 def tiny_state(seed: int = 0) -> dict:
     model = tiny_model(seed)
     return {"model": model.state_dict(), "config": asdict(TINY), "step": 12, "meta": META}
-
-
-def one_line(error) -> str:
-    message = str(error.value)
-    assert "\n" not in message and message.endswith("."), message
-    return message
 
 
 def assert_same_model(model: GPT, expected: GPT) -> None:
@@ -75,6 +75,19 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(loaded["model"][k], v) for k, v in state["model"].items())
 
 
+def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
+    """Whatever is written through ``replacing``: an error, or no file at all, leaves the old one."""
+    path = tmp_path / "new" / "a.bin"
+    with replacing(path) as part:
+        part.write_bytes(b"first")
+    with pytest.raises(ZeroDivisionError), replacing(path) as part:
+        part.write_bytes(b"half of the sec")
+        raise ZeroDivisionError
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass
+    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
+
+
 def test_what_a_kill_left_behind_goes_with_the_next_save(tmp_path):
     """A file of half a gigabyte for each kill, hidden, until the disk is full."""
     dead, alive = tmp_path / ".a.pt.0dead.part", tmp_path / ".a.pt.a11fe.part"
@@ -86,7 +99,7 @@ def test_what_a_kill_left_behind_goes_with_the_next_save(tmp_path):
 
 
 def test_two_writers_of_one_file_do_not_mix(tmp_path):
-    """Two notebooks trained into one checkpoint: with a common unfinished file most reads met a damaged one."""
+    """Two notebooks trained into one checkpoint: most reads met a damaged one."""
     path, failures = save_checkpoint(tmp_path / "a.pt", tiny_state()), []
 
     def write(value):
@@ -121,11 +134,11 @@ def test_trouble_with_reading_is_no_reason_to_delete(tmp_path, monkeypatch, trou
 
 
 def test_load_model(tmp_path):
-    """Weights in another layout, or a model left in training mode, would sample something else."""
+    """Weights in another layout would sample something else."""
     save_checkpoint(tmp_path / "a.pt", tiny_state())
     model, meta = load_model(tmp_path / "a.pt")
     assert_same_model(model, tiny_model())
-    assert meta == META and model.config == TINY and not model.training
+    assert meta == META and model.config == TINY
     assert model.wte.weight.dtype == torch.float32 and model.device.type == "cpu"
     ids = torch.tensor([[3, 1, 4]])
     assert torch.equal(model(ids), tiny_model()(ids))
@@ -142,7 +155,7 @@ def test_load_model_draws_no_random_numbers(tmp_path):
 def test_safetensors_round_trip(tmp_path):
     """The Space reads this file: transposed back wrongly, a square matrix fails without an error."""
     path = tmp_path / "model.safetensors"
-    save_file(to_openai(tiny_model().state_dict()), path, safetensors_header(TINY, META))
+    assert save_safetensors(tiny_model(), path, META) == path
     model, meta = load_model(path)
     assert_same_model(model, tiny_model())
     assert meta == META
@@ -258,10 +271,10 @@ def damaged(path, kind):
         path.mkdir()
 
 
-KINDS = ["missing", "truncated", "empty", "text", "zip", "list", "another program"]
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "another format", "folder"])
+@pytest.mark.parametrize(
+    "kind",
+    ["missing", "truncated", "empty", "text", "zip", "list", "another program", "another format", "folder"],
+)
 def test_what_is_no_checkpoint(tmp_path, kind):
     """Each library has its own error for a file that is none: a reader gets one line."""
     path = tmp_path / "a.pt"
@@ -279,8 +292,8 @@ def test_what_is_no_checkpoint(tmp_path, kind):
         (lambda s: s["config"].update(n_embd=25), "holds no GPT"),
         (lambda s: s["config"].update(dropout=0.1), "holds no GPT"),
         (lambda s: s["model"].pop("ln_f.bias"), "holds no GPT"),
-        (lambda s: s.pop("config"), "config"),
-        (lambda s: s.pop("meta"), "meta"),
+        (lambda s: s.pop("config"), "holds no GPT"),
+        (lambda s: s.pop("meta"), "metadata is no table"),
         (lambda s: s["model"].update({"wte.weight": 3}), "holds no GPT"),
     ],
 )
@@ -294,56 +307,107 @@ def test_weights_that_do_not_fit(tmp_path, change, word):
     one_line(error)
 
 
-@pytest.mark.parametrize(
-    "kind", ["missing", "text", "empty", "truncated", "no metadata", "bad metadata", "lacking"]
-)
+KINDS = [
+    "missing",
+    "folder",
+    "text",
+    "empty",
+    "truncated",
+    "no metadata",
+    "bad metadata",
+    "no json",
+    "lacking",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_safetensors_of_ours(tmp_path, kind):
     """Foreign weights without sizes and meta must be named as such, in one line."""
     path = tmp_path / "model.safetensors"
     weights = to_openai(tiny_model().state_dict())
-    if kind == "text":
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "text":
         path.write_text("these are not the weights", encoding="utf-8")
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "truncated":
-        save_file(weights, path, safetensors_header(TINY, META))
+        save_file(weights, path, header())
         path.write_bytes(path.read_bytes()[:-2000])
     elif kind == "no metadata":
         save_file(weights, path)
     elif kind == "bad metadata":
         save_file(weights, path, {"config": json.dumps([1]), "meta": "{}"})
+    elif kind == "no json":
+        save_file(weights, path, {"config": "{", "meta": "{}"})
     elif kind == "lacking":
         weights.popitem()
-        save_file(weights, path, safetensors_header(TINY, META))
+        save_file(weights, path, header())
     with pytest.raises(CheckpointError) as error:
         load_model(path)
     assert "model.safetensors" in one_line(error)
+
+
+@pytest.mark.parametrize("layers", [8000, 10**9, 3, 1, 0, -1, "2", 2.5, None], ids=str)
+def test_a_header_is_held_against_the_tensors_before_anything_is_built(tmp_path, monkeypatch, layers):
+    """A file of 200 bytes that claimed 8,000 layers kept the loader busy for 48 seconds."""
+    path = tmp_path / "model.safetensors"
+    save_file(to_openai(tiny_model().state_dict()), path, header({**asdict(TINY), "n_layer": layers}))
+
+    def build(*arguments, **options):
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr(GPT, "__init__", build)
+    with pytest.raises(CheckpointError, match="holds no GPT") as error:
+        load_model(path)
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"vocab_size": 10**12}, {"n_positions": 10**12}, {"n_embd": 3 * 10**9}], ids=str
+)
+def test_sizes_that_no_machine_holds_are_refused(tmp_path, sizes):
+    """A header that asks for terabytes must end in one line, not in the end of the process."""
+    path = tmp_path / "model.safetensors"
+    save_file(to_openai(tiny_model().state_dict()), path, header({**asdict(TINY), **sizes}))
+    with pytest.raises(CheckpointError, match="holds no GPT") as error:
+        load_model(path)
+    one_line(error)
+
+
+def test_another_vocabulary_is_refused_where_it_matters(tmp_path):
+    """Weights of another tokenizer say nonsense, or ask for letters that do not exist."""
+    path = save_safetensors(tiny_model(), tmp_path / "model.safetensors", META)
+    assert load_model(path, vocab_size=101)[0].config == TINY
+    with pytest.raises(CheckpointError, match="vocabulary has 101 tokens, not 50257") as error:
+        load_model(path, vocab_size=50257)
+    one_line(error)
 
 
 def test_the_newest_checkpoint_is_chosen(tmp_path, monkeypatch):
     """A half-written hidden file, a dangling link, or the name's order, must not decide what is shown."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="train first"):
-        chosen_weights()
+        newest_checkpoint()
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    (folder / "link.pt").symlink_to("nowhere.pt")
+    with contextlib.suppress(OSError):  # Windows asks for a privilege
+        (folder / "link.pt").symlink_to("nowhere.pt")
     with pytest.raises(CheckpointError, match="train first"):
-        chosen_weights()
+        newest_checkpoint()
     for age, name in enumerate(["b.pt", "a.pt", "notes.txt", ".c.pt-x1.pt"]):
         (folder / name).write_bytes(b"")
         os.utime(folder / name, (1000 + age, 1000 + age))
-    assert chosen_weights().name == "a.pt"
-    assert chosen_weights("x/y.pt") == module.Path("x/y.pt")
+    assert newest_checkpoint().name == "a.pt"
 
 
 def test_every_torch_load_is_weights_only():
     """One torch.load without weights_only anywhere opens the door again."""
-    package = module.Path(module.__file__).parent
+    folders = (PACKAGE, PACKAGE.parent / "space", PACKAGE.parent / "benchmarks", PACKAGE.parent / "tools")
     calls = [
         (path.name, line.strip())
-        for folder in (package, package.parent / "space", package.parent / "benchmarks")
-        for path in folder.glob("*.py")
+        for folder in folders
+        for path in folder.rglob("*.py")
         for line in path.read_text(encoding="utf-8").splitlines()
         if "torch.load(" in line
     ]

@@ -1,10 +1,11 @@
-"""The text: what input.txt promises, how texts are read, cut and fetched, and what is said when they cannot be."""
+"""The text: what input.txt promises, how texts are read, cut, ordered and fetched, and what fails."""
 
 import hashlib
 import http.server
 import re
 import socket
 import threading
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -13,21 +14,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_run import one_line
 
-from shakespeare_gpt import data
-from shakespeare_gpt.data import INPUT_TXT, TextError, load_text, tiny_shakespeare, windows
-from shakespeare_gpt.presets import get_preset
+from shakespeare_gpt import data, notebook
+from shakespeare_gpt.data import SHIPPED, TextError, WindowOrder, load_text, tiny_shakespeare, windows
+from shakespeare_gpt.presets import TEXT_VARIABLE, TrainConfig, get_preset
 from shakespeare_gpt.tokenizer import decode, encode
+from shakespeare_gpt.train import Plan
 
+INPUT_TXT = SHIPPED / "input.txt"
 INPUT = INPUT_TXT.read_text(encoding="utf-8")
 GOOD = b"First Citizen:\nWe are the right bytes.\n" * 4000  # stands for Tiny Shakespeare below
-
-
-def one_line(error: pytest.ExceptionInfo) -> str:
-    """The message of an error for users: one line, whole sentences."""
-    message = str(error.value)
-    assert "\n" not in message and message.endswith("."), message
-    return message
 
 
 # --- input.txt --------------------------------------------------------------------------------------
@@ -106,6 +103,17 @@ def test_max_tokens_keeps_whole_lines(limit):
     assert abs(len(text.ids) - limit) < 0.1 * limit
 
 
+@pytest.mark.parametrize("text", ["many a word on one line, " * 900, "é🎭" * 900, "word " * 400 + "\nlast\n"])
+def test_max_tokens_of_a_text_without_line_ends(tmp_path, text):
+    """A limit of 600 on a text of one line gave all of its 8,001 tokens."""
+    path = tmp_path / "one.txt"
+    path.write_text(text, encoding="utf-8")
+    kept = load_text(path, context=32, max_tokens=300)
+    assert 290 <= len(kept.ids) <= 300
+    assert text.startswith(kept.text) and kept.ids.tolist() == encode(kept.text)
+    assert load_text(path, context=32, max_tokens=10**6).text == text
+
+
 def test_own_file_with_bom_and_windows_line_ends(tmp_path):
     """Notepad's byte-order mark and line ends would become tokens of their own."""
     path = tmp_path / "märchen.txt"
@@ -121,6 +129,7 @@ def test_own_file_with_bom_and_windows_line_ends(tmp_path):
 def test_own_file_from_the_home_folder(tmp_path, monkeypatch):
     """A path with ~ in quotes reaches us as it is; the shell did not expand it."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # Windows
     (tmp_path / "poem.txt").write_text("A line of the poem.\n" * 80, encoding="utf-8")
     assert load_text("~/poem.txt", context=32).name == "poem"
 
@@ -174,12 +183,12 @@ def test_windows_meet_each_target_once(sizes):
     """A target lost or counted twice makes the whole-text mean the mean of something else."""
     context, n = sizes
     ids = torch.arange(n) * 3 + 1  # no id equals its own place
-    starts, x, y, counted = windows(ids, context)
-    assert x.shape == y.shape == counted.shape == (len(starts), context)
+    starts, x, y, mask = windows(ids, context)
+    assert x.shape == y.shape == mask.shape == (len(starts), context)
     assert torch.equal(y[:, :-1], x[:, 1:])
     assert torch.equal(x[:, 0], ids[starts])
-    assert sorted(y[counted].tolist()) == ids[1:].tolist()
-    assert counted[:-1].all()
+    assert sorted(y[mask].tolist()) == ids[1:].tolist()
+    assert mask[:-1].all()
     assert int(starts.min()) == 0 and int(starts.max()) + context + 1 == n
     assert len(starts) == -(-(n - 1) // context)  # no more windows than needed
 
@@ -188,6 +197,69 @@ def test_windows_of_too_short_a_text():
     """A negative start would wrap around and train on the text's end."""
     with pytest.raises(TextError, match="8 tokens"):
         windows(torch.arange(8), 8)
+
+
+# --- the order of the windows -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fixed", "sequential"])
+@pytest.mark.parametrize("size", [1, 4, 7, 19])
+def test_each_window_once_an_epoch(kind, size):
+    """A window left out of an epoch is the place where the recitation breaks."""
+    order = WindowOrder(300, 16, kind, seed=3)
+    assert order.count == 19
+    places = torch.cat([order.batch(step, size) for step in range(8 * 19)]).split(19)
+    for number, starts in enumerate(places[: size * 8]):
+        assert sorted(starts.tolist()) == sorted(order.fixed.tolist()), number
+    orders = {tuple(starts.tolist()) for starts in places[:8]}
+    assert len(orders) == (1 if kind == "sequential" else 8)
+    if kind == "sequential":
+        assert places[0].tolist() == order.fixed.tolist()
+
+
+@pytest.mark.parametrize("kind", ["fixed", "shifted", "sequential"])
+def test_order_is_a_function_of_the_step(kind):
+    """An order that depends on what was asked before makes a resumed run differ."""
+    forward = WindowOrder(300, 16, kind, seed=3)
+    batches = [forward.batch(step, 4) for step in range(60)]
+    for step in (59, 0, 30, 29, 28, 5, 4, 10, 9):
+        fresh = WindowOrder(300, 16, kind, seed=3)
+        assert torch.equal(fresh.batch(step, 4), batches[step])
+        assert torch.equal(forward.batch(step, 4), batches[step])
+        if step:  # going back after a jump
+            assert torch.equal(fresh.batch(step - 1, 4), batches[step - 1])
+    if kind != "sequential":
+        other = WindowOrder(300, 16, kind, seed=4)
+        assert not torch.equal(torch.cat([other.batch(s, 4) for s in range(9)]), torch.cat(batches[:9]))
+
+
+def test_shifted_windows_cover_all():
+    """Cut at the same places in every epoch, shifted windows would be fixed ones; with gaps, lose tokens."""
+    order = WindowOrder(300, 16, "shifted", seed=3)
+    assert order.count == 300 // 16
+    shifts, seen = set(), torch.zeros(300, dtype=torch.int64)
+    for number in range(40):
+        starts = torch.cat([order.batch(number * 18 + i, 1) for i in range(18)])
+        targets = (starts[:, None] + torch.arange(1, 17)).flatten() % 300
+        assert len(set(targets.tolist())) == 18 * 16  # no token twice in an epoch
+        seen[targets] += 1
+        shifts.add(int(starts[0]) % 16)
+    assert len(shifts) > 10
+    assert seen.min() > 20
+
+
+def test_fixed_epochs_end_shifted_windows():
+    """The openings of the windows that are measured must be met, each once an epoch, after all others."""
+    config = TrainConfig(batch_size=4, epochs=6, min_steps=1, windows="shifted", fixed_epochs=2)
+    order = Plan(300, 16, config).order
+    assert order.shifted_epochs == 4
+    shifted = [order.batch(place, 1).item() for place in range(4 * 18)]
+    plain = WindowOrder(300, 16, "shifted", seed=0)
+    assert shifted == [plain.batch(place, 1).item() for place in range(4 * 18)]
+    for number in range(3):  # also beyond the end of the schedule
+        places = [order.batch(4 * 18 + 19 * number + i, 1).item() for i in range(19)]
+        assert sorted(places) == sorted(order.fixed.tolist()), number
+        assert places != order.fixed.tolist()
 
 
 # --- Tiny Shakespeare: from a server, a file, the cache ------------------------------------------------
@@ -200,10 +272,15 @@ class Server:
         server = self
         self.asked = 0
         self.status, self.body, self.length, self.raw = 200, GOOD, None, None
+        self.silent = threading.Event()
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 server.asked += 1
+                if server.silent.is_set():
+                    while server.silent.is_set():
+                        time.sleep(0.01)
+                    return
                 if server.raw is not None:
                     self.wfile.write(server.raw)
                     return
@@ -228,15 +305,15 @@ def server(monkeypatch):
     monkeypatch.setattr(data, "TINY_SHAKESPEARE_URL", server.url)
     monkeypatch.setattr(data, "TINY_SHAKESPEARE_SHA256", hashlib.sha256(GOOD).hexdigest())
     yield server
+    server.silent.clear()
     server.http.shutdown()
     server.http.server_close()
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    folder = tmp_path / "deep" / "cache"
-    monkeypatch.setenv(data.CACHE_VARIABLE, str(folder))
-    return folder
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "deep" / "cache"))
+    return tmp_path / "deep" / "cache" / "hub" / "shakespeare_gpt"
 
 
 def files_in(folder: Path) -> list[str]:
@@ -261,7 +338,7 @@ def test_damaged_cache_is_fetched_anew(server, cache):
 
 
 FAILURES = {
-    "wrong bytes": ({"body": b"<html>Log in to the hotel's network</html>"}, "SHA-256 differs"),
+    "wrong bytes": ({"body": b"<html>Log in to the hotel's network</html>"}, "invalid hash"),
     "truncated": ({"body": GOOD[:70_000], "length": len(GOOD)}, "nothing was kept"),
     "404": ({"status": 404}, "Not Found"),
     "500": ({"status": 500}, "Internal Server Error"),
@@ -314,13 +391,25 @@ def test_nonsense_address(cache, monkeypatch, url):
 def test_interrupted_download_leaves_nothing(server, cache, monkeypatch):
     """Ctrl-C during the download must not leave its temporary file."""
 
-    def interrupt(done, size):
-        raise KeyboardInterrupt
+    class Interrupted(torch.hub.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "_progress", interrupt)
+    monkeypatch.setattr(torch.hub, "tqdm", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         tiny_shakespeare()
     assert files_in(cache) == []
+
+
+def test_a_server_that_falls_silent_is_given_up(server, cache, monkeypatch):
+    """An unattended run waited for a network that let connections hang."""
+    server.silent.set()
+    monkeypatch.setattr(data, "TIMEOUT", 0.2)
+    before = socket.getdefaulttimeout()
+    with pytest.raises(TextError, match="timed out") as error:
+        tiny_shakespeare()
+    one_line(error)
+    assert socket.getdefaulttimeout() == before and files_in(cache) == []
 
 
 def test_variable_names_another_address(server, cache, monkeypatch):
@@ -356,10 +445,10 @@ def test_variable_names_a_wrong_file(server, monkeypatch, tmp_path, content):
 def test_cache_that_cannot_be_written(server, monkeypatch, tmp_path, where):
     """A read-only home must be told apart from a network that fails."""
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    monkeypatch.setenv(data.CACHE_VARIABLE, str(tmp_path / "file" / where))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file" / where))
     with pytest.raises(TextError) as error:
         tiny_shakespeare()
-    assert data.CACHE_VARIABLE in one_line(error)
+    assert "TORCH_HOME" in one_line(error)
     assert server.asked == 0
 
 
@@ -374,28 +463,38 @@ def test_the_copy_at_hand_is_the_known_text(tiny_shakespeare_path, monkeypatch):
 # --- what a preset makes of it ----------------------------------------------------------------------
 
 
-def test_preset_says_what_it_uses_instead(server, capsys):
-    """Without a network the big preset must go on with input.txt, and say so."""
+def test_a_failed_download_is_an_error(server, monkeypatch, capsys):
+    """An unattended run of ``gpt2`` silently learnt another text."""
     server.status = 404
-    text = get_preset("gpt2").load_text()
-    assert text.name == "input"
-    assert "input.txt" in capsys.readouterr().out
-
-
-def test_preset_does_not_replace_what_was_asked_for(server, monkeypatch, tmp_path):
-    """Whoever names a text must get that text or an error, never another one."""
-    server.status = 404
-    with pytest.raises(TextError):
-        get_preset("gpt2").load_text("tinyshakespeare")
-    monkeypatch.setenv("SHAKESPEARE_GPT_TEXT", str(tmp_path / "missing.txt"))
-    with pytest.raises(TextError):
+    with pytest.raises(TextError, match="could not be downloaded"):
         get_preset("gpt2").load_text()
+    assert capsys.readouterr().out == ""
+
+
+def test_only_a_notebook_falls_back_and_says_so(server, monkeypatch, tmp_path, capsys):
+    """In a notebook somebody reads the line; but whoever names a text must get that text or an error."""
+    server.status = 404
+    preset = get_preset("gpt2")
+    assert notebook.load_text(preset).name == "input"
+    said = capsys.readouterr().out
+    assert "could not be downloaded" in said and "Using input.txt" in said
+    monkeypatch.setenv(data.SOURCE_VARIABLE, server.url)
+    with pytest.raises(TextError, match="could not be downloaded"):
+        notebook.load_text(preset)
+    monkeypatch.delenv(data.SOURCE_VARIABLE)
+    monkeypatch.setenv(TEXT_VARIABLE, str(tmp_path / "missing.txt"))
+    with pytest.raises(TextError, match=r"missing\.txt"):
+        notebook.load_text(preset)
+    server.status = 200
+    monkeypatch.delenv(TEXT_VARIABLE)
+    assert notebook.load_text(preset).name == "tinyshakespeare"
 
 
 def test_preset_takes_the_text_of_the_variable(monkeypatch, tmp_path):
     """A limit meant for the preset's own text must not cut the reader's."""
     path = tmp_path / "mine.txt"
     path.write_text("A line of my own.\n" * 500, encoding="utf-8")
-    monkeypatch.setenv("SHAKESPEARE_GPT_TEXT", str(path))
+    monkeypatch.setenv(TEXT_VARIABLE, str(path))
     text = get_preset("smoke").load_text()
     assert text.name == "mine" and text.text.count("\n") == 500
+    assert get_preset("smoke").load_text("input").name == "input"

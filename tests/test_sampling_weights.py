@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from shakespeare_gpt import sample
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.sample import generate
 from shakespeare_gpt.speed.ngram_draft import NgramDraft
@@ -63,15 +64,18 @@ def test_a_packed_row_does_not_depend_on_its_neighbours():
     assert torch.isfinite(layer(x)).all()
 
 
-@pytest.mark.parametrize("kind", ["fp16", "bf16"])
-def test_copies_generate_with_a_draft_as_without(kind, tiny):
+@pytest.mark.parametrize(("kind", "dtype"), [("fp16", torch.float32), ("bf16", torch.bfloat16)])
+def test_copies_generate_with_a_draft_as_without(kind, dtype, tiny, monkeypatch):
     """Guards against a cache of another dtype than the copy's activations."""
     copy, _ = copy_of(tiny.model, kind)
+    caches, make = [], sample.KVCache
+    monkeypatch.setattr(sample, "KVCache", lambda *a, **k: caches.append(make(*a, **k)) or caches[-1])
     draft, same = NgramDraft(tiny.text.ids), 0
     for start in range(0, 300, 30):
         prompt = tiny.text.ids[start : start + 16].tolist()
         plain = list(generate(copy, prompt, max_new_tokens=60, temperature=0))
         same += plain == list(generate(copy, prompt, max_new_tokens=60, temperature=0, draft=draft))
+    assert {cache.keys.dtype for cache in caches} == {dtype}
     assert same == 10 if kind == "fp16" else same >= 8  # coarser numbers have nearer ties
 
 

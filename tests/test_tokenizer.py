@@ -1,4 +1,4 @@
-"""The tokenizer: the numbers that the assignment names, and any text there and back."""
+"""The tokenizer: the known numbers of tokens, and any text there and back."""
 
 import random
 import socket
@@ -147,10 +147,7 @@ def test_agrees_with_tiktokens_own_gpt2():
     assert ours._mergeable_ranks == theirs._mergeable_ranks
     assert ours._special_tokens == theirs._special_tokens
     letters = random.Random(0)
-    for text in [
-        *AWKWARD,
-        *("".join(chr(letters.randrange(0x2FFF)) for _ in range(40)) for _ in range(200)),
-    ]:
+    for text in [*AWKWARD, *("".join(chr(letters.randrange(0x2FFF)) for _ in range(40)) for _ in range(200))]:
         assert ours.encode_ordinary(text) == theirs.encode_ordinary(text)
 
 
