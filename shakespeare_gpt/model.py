@@ -187,7 +187,7 @@ class GPT(nn.Module):
     def forward(self, ids: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """ids (B, T) -> logits (B, T, V); with targets (B, T) the mean cross-entropy in nats instead.
 
-        Targets of -100 do not count. It equals ``F.cross_entropy`` of the logits, see ``speed.fused_loss``.
+        It equals ``F.cross_entropy`` of the logits, but holds few of them at a time: ``speed.fused_loss``.
         """
         x = self.hidden(ids, cache)
         if targets is None:

@@ -17,8 +17,8 @@ CHUNK_ROWS = {"cpu": 512, "cuda": 8192}
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of softmax(hidden weight^T) against targets.
 
-    hidden (..., C), weight (V, C), targets (...) with -100 for positions that do not count. Equal to
-    ``F.cross_entropy(hidden @ weight.T, targets)``, gradients too.
+    hidden (..., C), weight (V, C), targets (...). Equal to ``F.cross_entropy(hidden @ weight.T, targets)``,
+    gradients too.
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -34,8 +34,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype) -> Tensor:
         V, dtypes = weight.shape[0], (hidden.dtype, weight.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        mask = (targets >= 0).float()[:, None]
-        mean = 1.0 / mask.sum().clamp(min=1.0)
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
         grad_hidden = grad_weight = None
         with torch.autocast(hidden.device.type, enabled=False):
@@ -49,24 +47,23 @@ class LinearCrossEntropy(torch.autograd.Function):
             exact = block if in_place else torch.empty_like(block, dtype=torch.float32)
             grad_hidden = torch.empty_like(hidden)
             share = torch.empty_like(matrix) if len(hidden) > rows and not in_place else None
-            for x, y, keep, grad in zip(
-                *(part.split(rows) for part in (hidden, targets, mask, grad_hidden)), strict=True
+            for x, y, grad in zip(
+                *(part.split(rows) for part in (hidden, targets, grad_hidden)), strict=True
             ):
                 logits = torch.mm(x, matrix.T, out=block[: len(x)])
                 if matrix.shape[0] > V:
                     logits[:, V:] = float("-inf")
                 probs = torch.softmax(logits, 1, dtype=torch.float32, out=exact[: len(x)])
-                label = y.clamp(min=0)[:, None]
+                label = y[:, None]
                 # A probability too small for fp32 must not make the loss infinite: 87 nats is enough.
                 p = probs.gather(1, label).clamp(min=torch.finfo(torch.float32).tiny)
-                total = total - (p.log() * keep).sum()
+                total = total - p.log().sum()
                 if needs_grad:
                     # softmax - onehot; the mean's 1/n comes last, where fp16 cannot flush it to zero
                     probs.scatter_add_(1, label, torch.full_like(label, -1, dtype=probs.dtype))
                     if not in_place:
                         logits.copy_(probs)
-                    torch.mm(logits, matrix, out=grad).mul_(keep)
-                    x = x * keep.to(dtype)
+                    torch.mm(logits, matrix, out=grad)
                     if grad_weight is None:
                         grad_weight = (logits.T @ x).float()
                     elif in_place:
@@ -74,14 +71,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                     else:
                         grad_weight += torch.mm(logits.T, x, out=share)
         if needs_grad:
-            ctx.save_for_backward(grad_hidden, grad_weight[:V], mean)
+            ctx.save_for_backward(grad_hidden, grad_weight[:V])
             ctx.dtypes = dtypes
-        return total * mean
+        return total / len(hidden)
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        grad_hidden, grad_weight, mean = ctx.saved_tensors
-        scale = grad_output * mean
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_output * (1.0 / len(grad_hidden))
         to_hidden, to_weight = ctx.dtypes
         grad_hidden = (grad_hidden.float() * scale).to(to_hidden)
         return grad_hidden, (grad_weight * scale).to(to_weight), None, None, None

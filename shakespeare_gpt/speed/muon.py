@@ -20,9 +20,7 @@ class Muon(torch.optim.Muon):
             group["dtype"] = dtype  # saved with the state: a resumed run rounds as before
 
     @torch.no_grad()
-    def step(self, closure=None):
-        if closure is not None:
-            raise ValueError("this Muon takes no closure")
+    def step(self):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -35,16 +33,13 @@ class Muon(torch.optim.Muon):
                 buffers = [self.state[p]["momentum_buffer"] for p in params]
                 grads = [p.grad for p in params]
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-                update = buffers
-                if group["nesterov"]:
-                    update = torch._foreach_lerp(grads, buffers, group["momentum"])
+                update = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov's look ahead
                 update = orthogonalize(
                     torch.stack(update).to(group["dtype"]),
                     group["ns_coefficients"],
                     group["ns_steps"],
                     group["eps"],
                 )
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
                 torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=-rate)
 
