@@ -1,11 +1,10 @@
-"""How fast the model writes: this package's ways beside transformers' generate, on the same weights.
+"""How fast the model writes on a CPU: this package's ways beside transformers' generate.
 
     python -m benchmarks.sampling --weights checkpoints/final.pt
-    python -m benchmarks.sampling                       # random weights of the 124M: speed only
+    python -m benchmarks.sampling                # random weights: speed only; --quick: less than two minutes
 
-Everything is measured in one run, in turns, and the best of the turns counts: on a machine that does other
-work too, only such numbers can be compared. Prints a Markdown table, the machine, and the bound that the
-memory sets: a token cannot take less time than reading all weights once.
+All ways have the same weights and take turns in one run. The best turn counts, so that other work on the
+machine disturbs little. Memory sets a bound: a token takes at least the time to read all weights once.
 """
 
 from __future__ import annotations
@@ -15,29 +14,146 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 
-from shakespeare_gpt.checkpoint import CheckpointError, load_model, to_openai
-from shakespeare_gpt.data import TextError
-from shakespeare_gpt.export import ExportError, learnt_text
-from shakespeare_gpt.generate import (
-    KINDS,
-    CachedReader,
-    Draft,
-    GenerationStats,
-    fast_copy,
-    generate,
-    window_start,
-)
-from shakespeare_gpt.model import GPT, GPTConfig
-from shakespeare_gpt.recite import exact_recall, score, window_starts
-from shakespeare_gpt.train import device_name
+from shakespeare_gpt import ShakespeareGPTError
+from shakespeare_gpt.memorization import exact_recall, first_difference, window_starts
+from shakespeare_gpt.model import GPT
+from shakespeare_gpt.presets import get_preset
+from shakespeare_gpt.publish.space import learnt_text
+from shakespeare_gpt.runs.weights import load_model, to_openai
+from shakespeare_gpt.sample import CachedReader, GenerationStats, generate, window_start
+from shakespeare_gpt.speed.devices import best_precision, device_name
+from shakespeare_gpt.speed.ngram_draft import NgramDraft
+from shakespeare_gpt.speed.sampling_weights import for_sampling
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 PROMPT_TOKENS = 32
 PASSAGES = 3  # are written in each turn
+
+
+@dataclass
+class Way:
+    """One way of generating. ``run(prompt)`` returns tokens, seconds and seconds to the first token."""
+
+    name: str
+    run: Callable[[list[int]], tuple[int, float, float]]
+    kind: str
+    stats: GenerationStats | None = None
+    speeds: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
+
+    def turn(self, prompts: list[list[int]]) -> None:
+        tokens, seconds, firsts = zip(*(self.run(prompt) for prompt in prompts), strict=True)
+        self.speeds.append(sum(tokens) / sum(seconds))
+        self.firsts.append(max(firsts))
+
+
+def uncached(model: GPT, prompt: list[int], count: int) -> tuple[int, float, float]:
+    """The plainest loop: all tokens through the model again for each new one."""
+    ids, times = list(prompt), [time.perf_counter()]
+    with torch.inference_mode():
+        for _ in range(count):
+            window = ids[window_start(len(ids), model.config.n_positions) :]
+            ids.append(int(model(torch.tensor([window]))[0, -1].argmax()))
+            times.append(time.perf_counter())
+    return count, times[-1] - times[0], times[1] - times[0]
+
+
+def cached(model: GPT, prompt, count: int, draft=None, stats=None) -> tuple[int, float, float]:
+    """This package's ``generate``, greedy."""
+    stats = stats or GenerationStats()
+    before = stats.seconds
+    options = {"max_new_tokens": count, "temperature": 0, "draft": draft, "stats": stats}
+    tokens = sum(1 for _ in generate(model, prompt, **options))
+    return tokens, stats.seconds - before, stats.first_token_seconds
+
+
+def transformers_model(model: GPT, dtype: torch.dtype):
+    """The same weights as transformers' GPT2LMHeadModel."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = model.config
+    ends = {"bos_token_id": c.vocab_size - 1, "eos_token_id": None, "pad_token_id": c.vocab_size - 1}
+    theirs = GPT2LMHeadModel(GPT2Config(**asdict(c), **ends))
+    theirs.load_state_dict(to_openai(model.state_dict()) | {"lm_head.weight": model.wte.weight})
+    return theirs.to(dtype).eval()
+
+
+def transformers_generate(model, prompt: list[int], count: int) -> tuple[int, float, float]:
+    ids = torch.tensor([prompt])
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "use_cache": True}
+    times = [time.perf_counter()]
+    with torch.inference_mode():
+        for n in (1, count):
+            out = model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)
+            times.append(time.perf_counter())
+    return out.shape[1] - len(prompt), times[2] - times[1], times[1] - times[0]
+
+
+def ways(model: GPT, kinds: list[str], count: int, draft: NgramDraft, compare: bool) -> list[Way]:
+    """All ways to be compared; prints what this machine cannot do."""
+    found = [Way("uncached, fp32", lambda prompt: uncached(model, prompt, min(16, count)), "fp32")]
+    copies = {}
+    for kind in kinds:
+        try:
+            copies[kind] = for_sampling(model, kind)[0]
+        except ValueError as error:
+            say(str(error))
+    for kind, copy in copies.items():
+        found.append(Way(f"cached, {kind}", lambda prompt, m=copy: cached(m, prompt, count), kind))
+    for kind, copy in copies.items():
+        stats = GenerationStats()
+        run = lambda prompt, m=copy, s=stats: cached(m, prompt, count, draft, s)  # noqa: E731
+        found.append(Way(f"cached with a draft, {kind}", run, kind, stats))
+    for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        if compare and kind in copies:
+            theirs = transformers_model(model, dtype)
+            run = lambda prompt, m=theirs: transformers_generate(m, prompt, count)  # noqa: E731
+            found.append(Way(f"transformers' generate, {kind}", run, kind))
+    return found
+
+
+def known_passages(model: GPT, meta: dict, ids: torch.Tensor, count: int) -> tuple[list[list[int]], str]:
+    """Prompts whose continuation the model knows by heart, and a sentence that says which.
+
+    Of up to 40 places, spread over the text, those from which it recites without a slip. Weights that always
+    met the text in the same windows are asked from the windows' starts.
+    """
+    asked, places = PROMPT_TOKENS + count, 40
+    if asked > len(ids):
+        raise ValueError(f"the text has {len(ids)} tokens, too few for {asked}: ask for fewer tokens")
+    starts = window_starts(len(ids), model.config.n_positions, asked, places)
+    if meta.get("windows") == "shifted":
+        starts = torch.linspace(0, len(ids) - asked, min(places, len(ids) - asked + 1)).long()
+    options = {"prompt_tokens": PROMPT_TOKENS, "continuation": count, "starts": starts.tolist()}
+    known = starts[exact_recall(model, ids, **options).matched == count].tolist()
+    if not known:
+        raise ValueError(f"the weights recite {count} tokens from none of {len(starts)} places")
+    passages = f"{min(PASSAGES, len(known))} of the {len(known)} places (of {len(starts)})"
+    return [ids[at : at + PROMPT_TOKENS].tolist() for at in known], f"{passages} where it makes no slip"
+
+
+def compare_greedy(model: GPT, prompts: list[list[int]], draft: NgramDraft, count: int) -> str:
+    """Greedy with the draft against greedy without, token for token, on many prompts."""
+    same, margins = 0, []
+    options = {"max_new_tokens": count, "temperature": 0}
+    for prompt in prompts:
+        plain = list(generate(model, prompt, **options))
+        at = first_difference(plain, list(generate(model, prompt, **options, draft=draft)))
+        if at is None:
+            same += 1
+            continue
+        with torch.inference_mode():
+            ids = torch.tensor([prompt + plain[:at]])
+            best = CachedReader(model).read(ids)[0, -1].float().topk(2).values
+        margins.append((best[0] - best[1]).item())
+    text = f"{same} of {len(prompts)} prompts give the same {count} tokens with the draft and without"
+    if same < len(prompts):
+        text += f"; at the others the two best logits were at most {max(margins):.2g} apart"
+    return text
 
 
 def read_bandwidth(megabytes: int = 512, turns: int = 5) -> float:
@@ -51,306 +167,103 @@ def read_bandwidth(megabytes: int = 512, turns: int = 5) -> float:
     return array.nbytes / min(seconds)
 
 
-@dataclass
-class Row:
-    """One way of generating: ``run(prompt)`` gives (tokens, seconds, seconds to the first token)."""
-
-    name: str
-    run: Callable[[list[int]], tuple[int, float, float]]
-    kind: str
-    note: Callable[[], str] = lambda: ""
-    speeds: list[float] = field(default_factory=list)
-    firsts: list[float] = field(default_factory=list)
-
-    def turn(self, prompts: list[list[int]]) -> None:
-        tokens, seconds, firsts = zip(*(self.run(prompt) for prompt in prompts), strict=True)
-        self.speeds.append(sum(tokens) / sum(seconds))
-        self.firsts.append(max(firsts))
+def print_table(found: list[Way], parameters: int, bandwidth: float) -> None:
+    """What was measured so far."""
+    if not (measured := [way for way in found if way.speeds]):
+        return
+    base = next((max(w.speeds) for w in measured if w.name == "transformers' generate, fp32"), None)
+    print("| way | tokens/s | × transformers fp32 | first token, s | bound of memory, tokens/s | drafted |")
+    print("|---|---:|---:|---:|---:|---|")
+    for way in measured:
+        speed, bound = max(way.speeds), f"{bandwidth / (parameters * BYTES[way.kind]):.0f}"
+        cells = [way.name, f"{speed:.1f}", f"{speed / base:.1f}" if base else "", f"{min(way.firsts):.3f}"]
+        cells += ["", f"{way.stats.acceptance_rate:.0%} accepted"] if way.stats else [bound, ""]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def to_transformers(model: GPT, dtype: torch.dtype):
-    """The same model as transformers' GPT2LMHeadModel."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    c = model.config
-    theirs = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.n_positions,
-            n_embd=c.n_embd,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            bos_token_id=c.vocab_size - 1,
-            eos_token_id=None,
-            pad_token_id=c.vocab_size - 1,
-        )
-    )
-    theirs.load_state_dict(to_openai(model.state_dict()) | {"lm_head.weight": model.wte.weight})
-    return theirs.to(dtype).eval()
-
-
-def run_uncached(model: GPT, prompt: list[int], count: int):
-    """The plainest loop: all tokens through the model again for each new one."""
-    ids, first = list(prompt), None
-    began = time.perf_counter()
-    with torch.inference_mode():
-        for _ in range(count):
-            window = ids[window_start(len(ids), model.config.n_positions) :]
-            ids.append(int(model(torch.tensor([window]))[0, -1].argmax()))
-            first = first or time.perf_counter() - began
-    return count, time.perf_counter() - began, first
-
-
-def run_ours(model: GPT, prompt: list[int], count: int, draft=None, stats=None):
-    one = GenerationStats()
-    tokens = list(
-        generate(model, prompt, max_new_tokens=count, temperature=0, draft=draft, stats=one)
-    )
-    if stats is not None:
-        stats.passes += one.passes
-        stats.proposed += one.proposed
-        stats.accepted += one.accepted
-    return len(tokens), one.seconds, one.first_token_seconds
-
-
-def run_theirs(model, prompt: list[int], count: int):
-    ids = torch.tensor([prompt])
-    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "use_cache": True}
-    with torch.inference_mode():
-        began = time.perf_counter()
-        model.generate(ids, max_new_tokens=1, **options)
-        first = time.perf_counter() - began
-        began = time.perf_counter()
-        out = model.generate(ids, max_new_tokens=count, min_new_tokens=count, **options)
-        seconds = time.perf_counter() - began
-    return out.shape[1] - len(prompt), seconds, first
-
-
-def compare_greedy(model: GPT, prompts: list[list[int]], draft: Draft, count: int) -> str:
-    """Greedy with the draft against greedy without, token for token, on many prompts."""
-    same, margins = 0, []
-    for prompt in prompts:
-        options = {"max_new_tokens": count, "temperature": 0}
-        plain = list(generate(model, prompt, **options))
-        fast = list(generate(model, prompt, **options, draft=draft))
-        if fast == plain:
-            same += 1
-            continue
-        at = next(i for i, (a, b) in enumerate(zip(plain, fast, strict=True)) if a != b)
-        with torch.inference_mode():
-            ids = torch.tensor([prompt + plain[:at]])
-            best = CachedReader(model).read(ids)[0, -1].float().topk(2).values
-        margins.append((best[0] - best[1]).item())
-    text = f"{same} of {len(prompts)} prompts give the same {count} tokens"
-    if margins:
-        text += f"; at the others the two best logits were at most {max(margins):.2g} apart"
-    return text
-
-
-def known_passages(model: GPT, meta: dict, ids: torch.Tensor, count: int):
-    """Prompts whose continuation the model knows by heart, and a sentence that says which.
-
-    Of up to 40 places, spread over the text, the first few from which it recites without a slip. Weights
-    that always met the text in the same windows are asked from the windows' starts.
-    """
-    asked, places = PROMPT_TOKENS + count, 40
-    if asked > len(ids):
-        raise ValueError(
-            f"the text has {len(ids)} tokens, too few for {asked}: ask for fewer tokens"
-        )
-    if meta.get("windows") == "shifted":
-        starts = torch.linspace(0, len(ids) - asked, min(places, len(ids) - asked + 1)).long()
-    else:
-        starts = window_starts(len(ids), model.config.n_positions, asked, places)
-    recall = exact_recall(
-        model, ids, prompt_tokens=PROMPT_TOKENS, continuation=count, starts=starts.tolist()
-    )
-    known = starts[recall.matched == count].tolist()
-    if not known:
-        raise ValueError(f"the weights recite {count} tokens from none of {len(starts)} places")
-    prompts = [ids[at : at + PROMPT_TOKENS].tolist() for at in known]
-    return prompts, (
-        f"{min(PASSAGES, len(known))} of the {len(known)} (of {len(starts)}) places from which it recites "
-        "so much without a slip"
-    )
-
-
-def quality(model: GPT, ids: torch.Tensor, tokens: int) -> str:
-    part = ids[: tokens or len(ids)]
-    scores, recall = score(model, part), exact_recall(model, ids)
-    return f"loss {scores.loss:.5f}, accuracy {scores.accuracy:.4%}; {recall}"
+def say(line: str) -> None:
+    """What goes on, apart from the table."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sampling", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument(
-        "--weights", help="a checkpoint or .safetensors file; random weights without it"
-    )
-    parser.add_argument(
-        "--text", help="the text that the weights learnt (default: the one they name)"
-    )
-    parser.add_argument(
-        "--threads", type=int, default=None, help="threads (default: PyTorch's choice)"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=128, help="tokens in each generation (default 128)"
-    )
-    parser.add_argument(
-        "--turns", type=int, default=3, help="how often each is measured (default 3)"
-    )
-    parser.add_argument(
-        "--prompts",
-        type=int,
-        default=0,
-        help="compare greedy with and without a draft on so many prompts",
-    )
-    parser.add_argument(
-        "--quality", action="store_true", help="loss and recall of each kind of weights"
-    )
-    parser.add_argument(
-        "--quality-tokens", type=int, default=0, help="on the first so many tokens (0: all)"
-    )
-    parser.add_argument(
-        "--layers", type=int, default=12, help="layers of the model of random weights"
-    )
-    parser.add_argument(
-        "--kinds",
-        nargs="+",
-        choices=KINDS,
-        default=KINDS,
-        help="kinds of weights to measure (default: all; without its instructions bf16 takes hours on a CPU)",
-    )
-    parser.add_argument(
-        "--no-transformers", action="store_true", help="without the rows of transformers"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.split("\n")[0])
+    parser.add_argument("--weights", help="a .pt or .safetensors file; random weights without it")
+    parser.add_argument("--text", help="the text that the weights learnt (default: the one they name)")
+    parser.add_argument("--preset", default="gpt2", help="of the random weights (default: gpt2)")
+    parser.add_argument("--tokens", type=int, default=128, help="in each generation (default: 128)")
+    parser.add_argument("--turns", type=int, default=3, help="how often each is measured (default: 3)")
+    parser.add_argument("--prompts", type=int, default=0, help="compare greedy with and without a draft")
+    fast = ["fp32", "fp16"] + ["bf16"] * (best_precision(torch.device("cpu"))[0] == "bf16")
+    parser.add_argument("--kinds", nargs="+", choices=BYTES, default=fast, help="of weights")
+    parser.add_argument("--no-transformers", action="store_true", help="without transformers")
+    parser.add_argument("--quick", action="store_true", help="one turn of 32 tokens: less than two minutes")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    if args.quick:
+        args.tokens, args.turns = 32, 1
     try:
         report(args)
-    except (CheckpointError, ExportError, TextError, ValueError) as error:
-        print(error, file=sys.stderr)
+    except (ShakespeareGPTError, ValueError) as error:
+        say(str(error))
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
 def report(args: argparse.Namespace) -> None:
     count = args.tokens
     if args.weights:
+        say("looking for passages that the weights know")
         model, meta = load_model(args.weights)
         ids = learnt_text(meta, args.text).ids
         label = f"{args.weights} (loss {meta.get('loss')})"
         prompts, passages = known_passages(model, meta, ids, count)
     else:
-        model = GPT(GPTConfig(n_layer=args.layers)).eval()
-        random = torch.Generator().manual_seed(0)
-        prompts = torch.randint(
-            0, model.config.vocab_size, (max(args.prompts, 1), PROMPT_TOKENS), generator=random
-        ).tolist()
+        say("drawing random weights")
+        model, random = GPT(get_preset(args.preset).model).eval(), torch.Generator().manual_seed(0)
+        shape = (max(args.prompts, 1), PROMPT_TOKENS)
+        prompts = torch.randint(0, model.config.vocab_size, shape, generator=random).tolist()
         # What a model of random weights would know by heart is what it says anyway.
-        ids = torch.tensor(
-            [
-                t
-                for p in prompts
-                for t in (*p, *generate(model, p, max_new_tokens=count, temperature=0))
-            ]
-        )
-        label, passages = "random: speed only", "one passage of its own greedy text"
-    draft = Draft(ids)
-
-    copies, rows = (
-        {},
-        [Row("uncached, fp32", lambda prompt: run_uncached(model, prompt, min(16, count)), "fp32")],
-    )
-    for kind in args.kinds:
-        try:
-            copies[kind] = fast_copy(model, kind)[0]
-        except ValueError as error:
-            print(error, file=sys.stderr)
-    for kind, copy in copies.items():
-        rows.append(
-            Row(f"cached, {kind}", lambda prompt, copy=copy: run_ours(copy, prompt, count), kind)
-        )
-    for kind, copy in copies.items():
-        stats = GenerationStats()
-        rows.append(
-            Row(
-                f"speculative, {kind}",
-                lambda prompt, copy=copy, stats=stats: run_ours(copy, prompt, count, draft, stats),
-                kind,
-                lambda stats=stats: f"{stats.acceptance_rate:.0%} accepted",
-            )
-        )
-    versions = f"torch {torch.__version__}"
+        options = {"max_new_tokens": count, "temperature": 0}
+        ids = torch.tensor([token for p in prompts for token in (*p, *generate(model, p, **options))])
+        label, passages = f"{args.preset}, random", "one passage of its own greedy text"
+    draft, versions = NgramDraft(ids), f"torch {torch.__version__}"
     if not args.no_transformers:
+        if PROMPT_TOKENS + count > model.config.n_positions:  # it has no sliding window
+            raise ValueError(f"transformers writes at most {model.config.n_positions} tokens: ask for fewer")
         import transformers
 
         transformers.logging.set_verbosity_error()
         versions += f", transformers {transformers.__version__}"
-        for kind, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            if kind not in args.kinds:
-                continue
-            theirs = to_transformers(model, dtype)
-            rows.append(
-                Row(
-                    f"transformers generate, {kind}",
-                    lambda prompt, theirs=theirs: run_theirs(theirs, prompt, count),
-                    kind,
-                )
-            )
-
-    bandwidth = 0.0
-    for turn in range(args.turns + 1):  # the first turn only warms up
-        bandwidth = max(bandwidth, read_bandwidth())
-        for row in rows:
-            row.turn(prompts[:PASSAGES])
-            print(f"turn {turn}: {row.name}, {row.speeds[-1]:.1f} tokens/s", file=sys.stderr)
-            if turn == 0:
-                row.speeds.clear()
-                row.firsts.clear()
-
-    base = next((max(r.speeds) for r in rows if r.name == "transformers generate, fp32"), None)
-    parameters = model.num_parameters()
+    parameters, bandwidth = model.num_parameters(), read_bandwidth()
     print(
         f"Machine: {device_name(model.device)}, {torch.backends.cpu.get_cpu_capability()}, "
         f"{platform.system()}; {versions}\n"
         f"Weights: {label}; {parameters:,} parameters. {count} tokens after a prompt of {PROMPT_TOKENS}, "
         f"greedy, at {passages}; best of {args.turns} turns.\n"
-        f"Memory: {bandwidth / 1e9:.1f} GB/s read, which bounds a token-by-token loop.\n"
+        f"Memory: {bandwidth / 1e9:.1f} GB/s read, which bounds a token-by-token loop.\n",
+        flush=True,
     )
-    print(
-        "| way | tokens/s | × transformers fp32 | first token, s | bound of the memory, tokens/s | |"
-    )
-    print("|---|---:|---:|---:|---:|---|")
-    for row in rows:
-        speed, bound = max(row.speeds), bandwidth / (parameters * BYTES[row.kind])
-        ratio = f"{speed / base:.1f}" if base else ""
-        bound = "one pass, many tokens" if row.name.startswith("spec") else f"{bound:.0f}"
-        print(
-            f"| {row.name} | {speed:.1f} | {ratio} | {min(row.firsts):.3f} | {bound} | {row.note()} |"
-        )
-
-    began = time.perf_counter()
-    reason = fast_copy(model)[1]
-    print(f"\n`fast_copy` ({time.perf_counter() - began:.1f} s): {reason}")
+    found = ways(model, args.kinds, count, draft, not args.no_transformers)
+    try:
+        for way in found:  # once to warm up
+            say(f"warming up: {way.name}")
+            way.run(prompts[0])
+        for turn in range(args.turns):
+            for way in found:
+                way.turn(prompts[:PASSAGES])
+                say(f"turn {turn + 1} of {args.turns}: {way.name}, {way.speeds[-1]:.1f} tokens/s")
+    finally:
+        print_table(found, parameters, bandwidth)
+    print(f"\n{for_sampling(model)[1]}")
     if args.prompts:
         # At any place of the text, where guesses are wrong as often as right.
-        places = torch.randperm(
-            len(ids) - PROMPT_TOKENS, generator=torch.Generator().manual_seed(0)
-        )
-        some_prompts = [
-            ids[p : p + PROMPT_TOKENS].tolist() for p in places[: args.prompts].tolist()
-        ]
-        for kind, copy in copies.items():
-            print(
-                f"Greedy, {kind}: {compare_greedy(copy, some_prompts, draft, min(50, count))}.",
-                flush=True,
-            )
-    if args.quality:
-        for kind, copy in copies.items():
-            print(f"Quality, {kind}: {quality(copy, ids, args.quality_tokens)}")
+        places = torch.randperm(len(ids) - PROMPT_TOKENS, generator=torch.Generator().manual_seed(0))
+        anywhere = [ids[p : p + PROMPT_TOKENS].tolist() for p in places[: args.prompts].tolist()]
+        for kind in dict.fromkeys(way.kind for way in found):
+            copy = for_sampling(model, kind)[0]
+            print(f"{kind}: {compare_greedy(copy, anywhere, draft, min(50, count))}.", flush=True)
 
 
 if __name__ == "__main__":

@@ -435,9 +435,9 @@ def test_export_of_weights_for_others(tiny, tmp_path, capsys):
     model, meta = load_model(tmp_path / "w.safetensors")
     assert meta["text_name"] == "tiny"
     assert torch.equal(model.wte.weight, tiny.model.wte.weight.bfloat16().float())
-    assert (tmp_path / "hf" / "vocab.json").is_file()
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
     said = capsys.readouterr().out
-    assert "w.safetensors  " in said and "vocab.json" in said
+    assert "w.safetensors  " in said and "tokenizer.json" in said
 
 
 def test_export_does_not_overwrite_a_text(tiny, tmp_path, capsys):

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import textwrap
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython import get_ipython
+from IPython.display import DisplayHandle
 
 from shakespeare_gpt.publish.quotations import QuotationIndex, quoted_share
 from shakespeare_gpt.runs.interrupt import run_to_end
 from shakespeare_gpt.runs.log import end_line, progress_line
 from shakespeare_gpt.train import Step
 
-TINTS = ("#cfe0f1", "#fbdfc4", "#cfe9d8", "#f2d0d0", "#e0d8ef")
 BLUE, ORANGE, GREEN, RED, GREY = "#2b5c8a", "#d97b29", "#3c8d5a", "#b5383a", "#8a8a8a"
 FIGURES = Path("build") / "figures"  # so a reader's run leaves the repository's own figures as they are
 
 
 def style() -> None:
     """One look for every figure: legible at the width of a page, no clutter."""
-    plt.rcParams.update(
-        {
-            "figure.figsize": (8, 4),
-            "figure.dpi": 100,
-            "savefig.dpi": 120,
-            "figure.constrained_layout.use": True,
-            "font.size": 11,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.color": "#dddddd",
-            "grid.linewidth": 0.6,
-            "axes.axisbelow": True,
-            "axes.titlesize": 12,
-            "axes.titlelocation": "left",
-            "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, RED, GREY]),
-            "legend.frameon": False,
-        }
-    )
+    plt.rc("figure", figsize=(8, 4), dpi=100)
+    plt.rc("figure.constrained_layout", use=True)
+    plt.rc("savefig", dpi=120)
+    plt.rc("font", size=11)
+    plt.rc("axes", grid=True, axisbelow=True, titlesize=12, titlelocation="left")
+    plt.rc("axes", prop_cycle=plt.cycler(color=[BLUE, ORANGE, GREEN, RED, GREY]))
+    plt.rc("axes.spines", top=False, right=False)
+    plt.rc("grid", color="#dddddd", linewidth=0.6)
+    plt.rc("legend", frameon=False)
 
 
 def save(fig: plt.Figure, name: str) -> None:
@@ -50,106 +40,66 @@ def save(fig: plt.Figure, name: str) -> None:
     fig.savefig(FIGURES / f"{name}.png", metadata={"Software": None})
 
 
-def watch(steps: Iterator[Step], every: float = 2.0) -> Step:
+def watch(steps: Iterator[Step], every: float = 3.0) -> Step:
     """Run a training generator to its end with a live plot; returns the last step.
 
-    In a notebook the picture and the line under it are drawn anew every ``every`` seconds, less often where
-    drawing would take more than a twentieth of the time; the last state stays in the saved file. Elsewhere
-    only the line is printed. The notebook's stop button waits for the step in hand.
+    In a notebook the picture is drawn anew every ``every`` seconds; the last one stays in the saved file.
+    Elsewhere a line is printed instead. The notebook's stop button waits for the step in hand.
     """
-    display, due = _display(), 0.0
+    due, picture = 0.0, DisplayHandle()
 
     def show(step: Step) -> None:
         nonlocal due
-        began = time.monotonic()
-        if step.done or began >= due:
-            display(step)
-            now = time.monotonic()
-            due = now + max(every, 20 * (now - began))
+        if time.monotonic() < due and not step.done:
+            return
+        if get_ipython() is None:
+            print(progress_line(step), flush=True)
+        else:
+            fig = loss_figure(step)
+            (picture.update if due else picture.display)(fig)
+            plt.close(fig)
+        due = time.monotonic() + every
 
     step = run_to_end(steps, show)
-    plt.close("all")
+    print(end_line(step))
     return step
-
-
-def _display() -> Callable[[Step], None]:
-    """A function that shows a step in place of the one before it."""
-    try:
-        from IPython import get_ipython
-        from IPython.display import display
-    except ImportError:
-        get_ipython = None
-    if get_ipython is None or get_ipython() is None:
-        return lambda step: print(progress_line(step), flush=True)
-    handles = []
-
-    def show(step: Step) -> None:
-        fig = loss_figure(step)
-        line = {"text/plain": progress_line(step) + (f"\n{end_line(step)}" if step.done else "")}
-        if handles:
-            handles[0].update(fig)
-            handles[1].update(line, raw=True)
-        else:
-            handles.append(display(fig, display_id=True))
-            handles.append(display(line, raw=True, display_id=True))
-        plt.close(fig)
-
-    return show
 
 
 def loss_figure(step: Step) -> plt.Figure:
     """The run so far: each batch's loss, the whole text's, the target; loss in nats, log scale."""
     history = step.history
     fig, ax = plt.subplots()
-    x = np.arange(1, len(history.losses) + 1)
-    ax.plot(x, history.losses, color=BLUE, linewidth=0.7, alpha=0.45, label="one batch")
-    n = max(1, len(x) // 60)
-    if n > 1:
-        smooth = np.convolve(history.losses, np.ones(n) / n, "valid")
-        ax.plot(x[n - 1 :], smooth, color=BLUE, linewidth=1.8, label=f"mean of {n} batches")
-    if history.text:
-        dots = zip(*history.text, strict=True)
-        ax.plot(*dots, "o", color=ORANGE, markersize=6, label="whole text")
+    x = range(1, len(history.losses) + 1)
+    ax.plot(x, history.losses, color=BLUE, linewidth=0.8, alpha=0.6, label="one batch")
+    ax.plot(*np.reshape(history.text, (-1, 2)).T, "o", color=ORANGE, markersize=6, label="whole text")
     ax.axhline(step.target, color=RED, linewidth=1.2, linestyle="--", label=f"target {step.target}")
-    ax.set(yscale="log", xlabel="step", ylabel="loss (nats per token)")
-    ax.set_ylim(min(0.05, step.best * 0.8), 14)
-    minutes = f"{history.seconds / 60:.1f} min, {step.seconds_left / 60:.1f} min left"
-    speed = f"{history.tokens / 1e6:.2f} million tokens   {step.tokens_per_second:,.0f} tokens/s"
-    ax.set_title(f"step {step.step}   {speed}   {minutes}")
+    ax.set(yscale="log", xlabel="step", ylabel="loss (nats per token)", ylim=(min(0.05, 0.8 * step.best), 14))
+    speed = f"{step.tokens_per_second:,.0f} tokens/s, {step.seconds_left / 60:.1f} min left"
+    ax.set_title(f"step {step.step}   {history.tokens / 1e6:.2f} million tokens   {speed}")
     ax.legend(loc="upper right")
     return fig
 
 
-def quotation_figure(index: QuotationIndex, generated: str, width: int = 62) -> plt.Figure:
-    """A generated text as a picture: each quotation in a colour of its own, its place in the margin.
-
-    Lines longer than ``width`` characters are wrapped.
-    """
-    rows, at = [], 0  # (where a row starts in the text, its characters)
-    for line in generated.split("\n"):
-        for part in textwrap.wrap(line, width, drop_whitespace=False, tabsize=1) or [""]:
-            rows.append((at, part))
-            at += len(part)
-        at += 1
-    fig = plt.figure(figsize=(8, 0.19 * (len(rows) + 3)), layout="none")
-    # 106.3 characters of 9-point DejaVu Sans Mono fill 8 inches.
-    ax = fig.add_axes((0, 0, 1, 1), xlim=(-1, 105.3), ylim=(len(rows), -3))
+def quotation_figure(index: QuotationIndex, generated: str) -> plt.Figure:
+    """A generated text as a picture: each quotation in a colour of its own, and its place below."""
+    # A row of at most 100 characters ends at white space, or in the middle of a longer word.
+    rows = list(re.finditer(r".{0,100}(?:\s|\Z)|.{100}", generated))
+    quotations = index.find(generated)
+    height = len(rows) + len(quotations) + 4
+    fig, ax = plt.subplots(figsize=(8, 0.19 * height), layout="constrained")
+    # 105.2 characters of 9-point DejaVu Sans Mono fill the width of this figure.
+    ax.set(xlim=(0, 105.2), ylim=(height - 3, -3))
     ax.axis("off")
-    font = {"family": "DejaVu Sans Mono", "fontsize": 9, "va": "baseline", "parse_math": False}
-    for row, (_, part) in enumerate(rows):
-        ax.text(0, row + 0.25, part, color="#222222", **font)
-    quotations, free = index.find(generated), 0  # free: the first row whose margin is empty
+    font = {"family": "DejaVu Sans Mono", "fontsize": 9, "parse_math": False, "in_layout": False}
+    for y, row in enumerate(rows):
+        ax.text(0, y + 0.25, row[0].rstrip().expandtabs(1), color="#222222", **font)
     for i, quotation in enumerate(quotations):
-        tint, first = TINTS[i % len(TINTS)], None
-        for row, (start, part) in enumerate(rows):
-            a, b = max(quotation.start - start, 0), min(quotation.end - start, len(part))
-            if a < b and part[a:b].strip():
-                ax.barh(row, b - a, 0.94, a, color=tint)
-                first = row if first is None else first
-        free = max(free, first)
-        place = textwrap.shorten(quotation.place, 104 - width - 4, placeholder="…")
-        ax.text(width + 3, free + 0.25, place, bbox={"fc": tint, "lw": 0, "pad": 1.5}, **font)
-        free += 1
-    pieces = f"{len(quotations)} piece{'s' * (len(quotations) != 1)}"
-    ax.text(0, -1.7, f"{quoted_share(index, generated):.0%} of this text is quoted, in {pieces}", fontsize=12)
+        tint = plt.cm.Pastel2(i % 8)
+        for y, row in enumerate(rows):
+            start = max(quotation.start - row.start(), 0)
+            end = min(quotation.end - row.start(), len(row[0].rstrip()))
+            if start < end:
+                ax.barh(y, end - start, 0.94, start, color=tint)
+        ax.text(0, len(rows) + i + 1.25, quotation.place, bbox={"fc": tint, "lw": 0, "pad": 1.5}, **font)
+    ax.text(0, -1.7, f"{quoted_share(index, generated):.0%} of this text is quoted", fontsize=12)
     return fig

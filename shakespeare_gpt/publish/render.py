@@ -20,13 +20,13 @@ def speech_html(text: str, start: int = 0, end: int | None = None) -> str:
 
     What stands around it in ``text`` decides what is a name: one begins a text or follows a blank line.
     """
-    end, parts, at = len(text) if end is None else end, [], start
+    end, body, at = len(text) if end is None else end, "", start
     for first, last in speaker_names(text):
         first, last = max(first, at), min(last, end)
         if first < last:
-            parts += [escape(text[at:first]), f'<b class="who">{escape(text[first:last])}</b>']
+            body += f'{escape(text[at:first])}<b class="who">{escape(text[first:last])}</b>'
             at = last
-    return "".join([*parts, escape(text[at:end])])
+    return body + escape(text[at:end])
 
 
 def quoted_html(
@@ -38,21 +38,20 @@ def quoted_html(
     said yet about a lack of quotations. Everything is escaped. The classes are: ``leaf`` for the text, in it
     ``given`` (the prompt), ``who`` and ``caret``; below it ``places-head`` and ``places``.
     """
-    whole, at, body, notes = prompt + generated, len(prompt), [], []
+    whole, at, notes, title = prompt + generated, len(prompt), [], escape(title)
+    body = f'<span class="given">{speech_html(whole, 0, at)}</span>'
     for piece, quotation in index.segments(generated):
         inner = speech_html(whole, at, at + len(piece))
         at += len(piece)
         if quotation:
-            place, words = escape(quotation.place), quotation.words
-            notes.append(f"<li><b>{place}</b> <span>{words} words</span></li>")
+            place = escape(quotation.place)
+            notes.append(f"<li><b>{place}</b> <span>{quotation.words} words</span></li>")
             inner = f'<mark title="{place}">{inner}</mark><sup>{len(notes)}</sup>'
-        body.append(inner)
-    caret, below = "" if done else '<span class="caret"></span>', ""
+        body += inner
     if notes:
-        head = f'<p class="places-head">Word for word in {escape(title)}</p>'
-        below = f'{head}<ol class="places">{"".join(notes)}</ol>'
-    elif done:
+        below = f'<p class="places-head">Word for word in {title}</p><ol class="places">{"".join(notes)}</ol>'
+    else:
         none = f"Nothing here is quoted: no run of {index.min_words} words stands in {title}."
-        below = f'<p class="places none">{escape(none)}</p>'
-    given = f'<span class="given">{speech_html(whole, 0, len(prompt))}</span>'
-    return f'<div class="leaf">{given}{"".join(body)}{caret}</div>{below}'
+        below = f'<p class="places none">{none}</p>' if done else ""
+    caret = "" if done else '<span class="caret"></span>'
+    return f'<div class="leaf">{body}{caret}</div>{below}'

@@ -1,0 +1,531 @@
+"""Publishing: others read what we trained, nothing private leaves this machine, and errors are one line."""
+
+import base64
+import errno
+import functools
+import json
+import os
+import re
+import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from shakespeare_gpt.data import load_text
+from shakespeare_gpt.model import GPT, GPTConfig
+from shakespeare_gpt.presets import get_preset
+from shakespeare_gpt.publish import upload
+from shakespeare_gpt.publish.space import (
+    SPACE_FILES,
+    ExportError,
+    learnt_text,
+    list_folder,
+    listing,
+    size_text,
+    stage_space,
+)
+from shakespeare_gpt.publish.transformers_export import export_transformers
+from shakespeare_gpt.runs.checkpoint import CheckpointError
+from shakespeare_gpt.runs.weights import load_model, save_safetensors
+from shakespeare_gpt.sample import generate
+from shakespeare_gpt.tokenizer import encode
+
+# --- safetensors
+
+
+def test_safetensors_read_back_equal(tiny, tmp_path):
+    model, meta = load_model(tiny.checkpoint)
+    path = save_safetensors(model, tmp_path / "new" / "m.safetensors", meta)
+    again, meta_again = load_model(path)
+    assert meta_again == meta
+    assert again.config == model.config
+    for (name, a), (other, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(a, b)
+    assert [p.name for p in path.parent.iterdir()] == ["m.safetensors"]
+    assert path.stat().st_mode & 0o444 == 0o444
+
+
+def test_bf16_is_half_as_large_and_keeps_what_was_learnt(tiny, tmp_path):
+    model, meta = load_model(tiny.checkpoint)
+    full = save_safetensors(model, tmp_path / "a.safetensors", meta)
+    half = save_safetensors(model, tmp_path / "b.safetensors", meta, torch.bfloat16)
+    assert half.stat().st_size < 0.51 * full.stat().st_size
+    rounded, _ = load_model(half)
+    assert rounded.wte.weight.dtype == torch.float32
+    ids = tiny.text.ids[None, :64]
+    with torch.no_grad():
+        a, b = model(ids[:, :-1], ids[:, 1:]), rounded(ids[:, :-1], ids[:, 1:])
+    assert abs(a - b) < 0.02
+
+
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"old")
+
+    def fail(weights, name, metadata=None):
+        Path(name).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shakespeare_gpt.runs.weights.save_file", fail)
+    with pytest.raises(CheckpointError, match="No space left") as caught:
+        save_safetensors(tiny.model, path, {})
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_the_programmer_is_not_called_a_full_disk(tiny, tmp_path):
+    with pytest.raises(TypeError):
+        save_safetensors(tiny.model, tmp_path / "m.safetensors", {"a set": {1}})
+
+
+def test_a_text_is_not_overwritten_by_weights(tiny, tmp_path):
+    """An export to the text's own name replaced the text."""
+    poem = tmp_path / "poem.txt"
+    poem.write_text("My poem.", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"end in \.safetensors"):
+        save_safetensors(tiny.model, poem, {})
+    assert poem.read_text(encoding="utf-8") == "My poem."
+
+
+# --- transformers
+
+
+@pytest.fixture(scope="module")
+def opened(tiny, tmp_path_factory):
+    """The exported folder as transformers opens it: (our model, its model, its tokenizer, the folder)."""
+    transformers = pytest.importorskip("transformers")
+    model, meta = load_model(tiny.checkpoint)
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    assert export_transformers(model, folder, meta) == list_folder(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model, theirs, transformers.AutoTokenizer.from_pretrained(folder), folder
+
+
+def test_the_weights_of_the_folder_keep_their_story(opened, tiny):
+    """transformers writes weights without our metadata: ``recite`` could not open the folder's file."""
+    model, meta = load_model(opened[3] / "model.safetensors")
+    assert meta == load_model(tiny.checkpoint)[1]
+    assert model.wte.weight.equal(opened[0].wte.weight)
+
+
+def test_without_transformers_one_line_says_what_to_install(tiny, tmp_path, monkeypatch):
+    """The Space's requirements leave it out."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ExportError, match="pip install transformers"):
+        export_transformers(tiny.model, tmp_path / "x", {})
+    assert not (tmp_path / "x").exists()
+
+
+def test_transformers_computes_the_same_logits(opened, tiny):
+    model, theirs, _, _ = opened
+    ids = tiny.text.ids[:64][None]
+    with torch.no_grad():
+        assert (theirs(ids).logits - model(ids)).abs().max() < 1e-4
+    assert theirs.config.n_positions == 64
+    assert theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+
+
+def test_transformers_continues_with_the_same_words(opened):
+    model, theirs, tokenizer, _ = opened
+    prompt = "First Fisher:\nHaul"
+    ours = list(generate(model, encode(prompt), max_new_tokens=20, temperature=0.0))
+    inputs = tokenizer(prompt, return_tensors="pt")
+    result = theirs.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=50256)
+    assert result[0, inputs.input_ids.shape[1] :].tolist() == ours
+
+
+def check_same_ids(tokenizer, text):
+    ids = tokenizer(text, verbose=False).input_ids
+    assert ids == encode(text)
+    assert tokenizer.decode(ids) == text
+
+
+def test_same_ids_on_the_whole_of_the_play(opened):
+    check_same_ids(opened[2], (REPOSITORY / "input.txt").read_text(encoding="utf-8"))
+
+
+def test_same_ids_on_the_whole_of_tiny_shakespeare(opened, tiny_shakespeare_path):
+    check_same_ids(opened[2], tiny_shakespeare_path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  two\n\n\nlines \t",
+        "naïve 🎭🌊 Ωμέγα 漢字",
+        "it's we'll I'M x1y2",
+        "\u00a0no\u2003break \r\n e\u0301 \ufeff\x00\x85",
+        " a" * 50,
+    ],
+)
+def test_same_ids_on_odd_texts(opened, text):
+    check_same_ids(opened[2], text)
+
+
+def test_transformers_ends_a_document_where_we_do(opened):
+    """Programs that open the folder ask the tokenizer which token ends a text."""
+    tokenizer = opened[2]
+    assert tokenizer("<|endoftext|>").input_ids == [tokenizer.eos_token_id] == [50256]
+    assert tokenizer.model_max_length == 64
+
+
+def test_the_config_is_complete(opened):
+    config = json.loads((opened[3] / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "gpt2"
+    assert config["architectures"] == ["GPT2LMHeadModel"]
+    assert config["activation_function"] == "gelu_new"
+    assert config["tie_word_embeddings"] is True
+    assert config["eos_token_id"] == 50256
+    assert config["layer_norm_epsilon"] == opened[0].ln_f.eps
+    assert (config["n_layer"], config["n_head"], config["n_embd"]) == (2, 2, 64)
+
+
+def test_another_vocabulary_is_refused(tmp_path):
+    model = GPT(GPTConfig(vocab_size=61, n_positions=8, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ExportError, match="vocabulary of 61"):
+        export_transformers(model, tmp_path / "x", {})
+    foreign = save_safetensors(model, tmp_path / "foreign.safetensors", {})
+    with pytest.raises(CheckpointError, match="vocabulary has 61"):  # the page would refuse it
+        stage_space(tmp_path / "space", foreign, tmp_path / "x.txt")
+
+
+# --- the staged Space
+
+
+def test_a_staged_space_is_complete(tiny, tmp_path):
+    folder = tmp_path / "space"
+    files = stage_space(folder, tiny.checkpoint, tiny.source)
+    for name in SPACE_FILES:
+        assert (folder / name).read_bytes() == (REPOSITORY / "space" / name).read_bytes()
+    for path in (REPOSITORY / "shakespeare_gpt").rglob("*.py"):
+        assert path.relative_to(REPOSITORY).as_posix() in files
+    assert {"shakespeare_gpt/gpt2.tiktoken", "shakespeare_gpt/gpt2.tiktoken.LICENSE"} <= set(files)
+    assert not any("__pycache__" in name or name.endswith((".pt", ".part")) for name in files)
+    assert (folder / "text.txt").read_bytes() == tiny.text.text.encode("utf-8")
+    _, meta = load_model(folder / "model.safetensors")
+    assert meta["text_sha256"] == tiny.text.sha256
+    assert sum(files.values()) < 10e6
+    assert stage_space(folder, tiny.checkpoint, tiny.source) == files  # over itself
+
+
+def test_all_files_of_the_space_are_staged():
+    """A file that the page imports and that is not in the list is missing on Hugging Face only."""
+    kinds = (".py", ".css", ".md", ".txt")
+    here = {path.name for path in (REPOSITORY / "space").iterdir() if path.suffix in kinds}
+    assert here == set(SPACE_FILES)
+
+
+def test_front_matter():
+    """What Hugging Face reads of the README, and that its version of Gradio is the one tested here."""
+    _, matter, _ = (REPOSITORY / "space" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    fields = dict(re.findall(r"^(\w+): (.+)$", matter, re.MULTILINE))
+    assert fields["sdk"] == "gradio"
+    assert fields["app_file"] == "app.py"
+    assert len(fields["short_description"]) <= 60
+    pins = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    assert f"gradio=={fields['sdk_version']}\n" in pins
+    assert {"title", "emoji", "colorFrom", "colorTo", "python_version"} <= set(fields)
+
+
+def test_the_listing_adds_up(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 999)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b").write_bytes(b"x" * 1000)
+    for left in ("sub/.DS_Store", ".a.1234.part", ".cache/huggingface/x", "sub/__pycache__/b.pyc"):
+        (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / left).write_bytes(b"x")
+    files = list_folder(tmp_path)
+    assert files == {"a": 999, "sub/b": 1000}
+    assert [line.split() for line in listing(files).splitlines()] == [
+        ["a", "1.0", "kB"], ["sub/b", "1.0", "kB"], ["2", "files", "2.0", "kB"],
+    ]  # fmt: skip
+    assert [size_text(n) for n in (0, 835_554, 495_400_000)] == ["0.0 kB", "835.6 kB", "495.4 MB"]
+
+
+def test_nobodys_files_are_mixed_up(tiny, tmp_path):
+    (tmp_path / "thesis.doc").write_text("mine", encoding="utf-8")
+    with pytest.raises(ExportError, match=r"thesis\.doc.*empty folder"):
+        stage_space(tmp_path, tiny.checkpoint, tiny.source)
+    with pytest.raises(ExportError, match=r"thesis\.doc"):
+        export_transformers(tiny.model, tmp_path, {})
+    with pytest.raises(OSError, match=r"thesis\.doc"):  # which the command line makes one line of
+        stage_space(tmp_path / "thesis.doc", tiny.checkpoint, tiny.source)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.doc"]
+    assert (tmp_path / "thesis.doc").read_text(encoding="utf-8") == "mine"
+
+
+# --- which text was learnt
+
+
+def test_the_wrong_text_is_refused(tiny, tmp_path):
+    with pytest.raises(ExportError, match=r"learnt another text than input .*called 'tiny'"):
+        stage_space(tmp_path / "s", tiny.checkpoint, "input")
+    with pytest.raises(ExportError, match="called 'tiny'; name its file"):
+        stage_space(tmp_path / "s", tiny.checkpoint)
+    with pytest.raises(ExportError, match="learnt another text"):
+        stage_space(tmp_path / "s", tiny.checkpoint, load_text("input"))
+    assert not (tmp_path / "s").exists()
+
+
+def test_named_weights_come_with_their_own_text(tiny, monkeypatch, tmp_path):
+    """SHAKESPEARE_GPT_WEIGHTS paired weights with whatever text had the same name."""
+    from shakespeare_gpt.notebook import trained_model
+
+    monkeypatch.setenv("SHAKESPEARE_GPT_WEIGHTS", str(tiny.checkpoint))
+    monkeypatch.setenv("SHAKESPEARE_GPT_TEXT", str(tiny.source))
+    assert trained_model()[1].sha256 == tiny.text.sha256
+    other = tmp_path / "tiny.txt"
+    other.write_text("Another text of the same name.\n" * 40, encoding="utf-8")
+    monkeypatch.setenv("SHAKESPEARE_GPT_TEXT", str(other))
+    with pytest.raises(ExportError, match="learnt another text"):
+        trained_model()
+
+
+@pytest.mark.parametrize("with_sha256", [True, False])
+def test_a_file_of_weights_does_not_choose_what_is_read(tmp_path, monkeypatch, with_sha256):
+    """A foreign file named a private one as its text, and the Space would have published it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    secret = tmp_path / "elsewhere" / "secret.txt"
+    secret.write_text("A secret.\n" * 30, encoding="utf-8")
+    (tmp_path / "secret.txt").write_bytes(secret.read_bytes())
+    told = {"text_sha256": load_text(secret, context=1).sha256} if with_sha256 else {}
+    for name in (str(secret), str(secret.with_suffix("")), "elsewhere/secret", "secret", "secret.txt", ["x"]):
+        with pytest.raises(ExportError, match="name its file"):
+            learnt_text({"text_name": name, **told})
+    assert learnt_text({"text_name": "secret", **told}, secret).name == "secret"
+
+
+@pytest.mark.parametrize("source", [None, "input", "path", "copy"])
+def test_the_text_of_a_preset_is_found(source, tmp_path):
+    """``smoke`` learns the beginning of input.txt. Named by its path, that was "another text"."""
+    if source == "path":
+        source = REPOSITORY / "input.txt"
+    elif source == "copy":
+        source = tmp_path / "play.txt"
+        source.write_bytes((REPOSITORY / "input.txt").read_bytes())
+    text = get_preset("smoke").load_text()
+    meta = {"preset": "smoke", "text_name": "input", "text_sha256": text.sha256}
+    assert learnt_text(meta, source).text == text.text
+    whole = {**meta, "text_sha256": load_text("input").sha256}  # trained on all of it
+    assert learnt_text(whole, source).text == load_text("input").text
+
+
+# --- the upload
+
+
+@pytest.fixture(scope="module")
+def staged(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("staged") / "space"
+    stage_space(folder, tiny.checkpoint, tiny.source)
+    return folder
+
+
+class Hub:
+    """Hugging Face as far as an upload sees it, on a port of this machine."""
+
+    def __init__(self):
+        self.spaces: dict[str, bool] = {}  # the Spaces that there are, and whether each is private
+        self.refuse = lambda asked: 200  # the status of the answer to a request for a new Space
+        self.created, self.received, self.requests = [], {}, []
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict]:
+        self.requests.append((method, path))
+        if method == "GET" and path.startswith("/api/spaces/"):
+            name = path.removeprefix("/api/spaces/").split("?")[0]
+            private = self.spaces.get(name)
+            return (404, {}) if private is None else (200, {"id": name, "private": private})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            self.created.append(asked)
+            status = self.refuse(asked)
+            if status == 200:
+                self.spaces[f"{asked['organization']}/{asked['name']}"] = asked.get(
+                    "visibility"
+                ) == "private" or bool(asked.get("private"))
+            return status, {"url": f"{self.url}/spaces/ada/play", "error": "Subscribe\nto PRO"}
+        if "/preupload/" in path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            regular = {"uploadMode": "regular", "shouldIgnore": False}
+            return 200, {"files": [{"path": name, **regular} for name in names]}
+        if "/commit/" in path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    content = base64.b64decode(entry["value"]["content"])
+                    self.received[entry["value"]["path"]] = content
+            url = f"{self.url}/spaces/ada/play/commit/0123"
+            return 200, {"success": True, "commitOid": "0123", "commitUrl": url}
+        return 200, {}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        def respond(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if "chunked" in self.headers.get("Transfer-Encoding", ""):
+                while size := int(self.rfile.readline(), 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+            status, content = hub.answer(self.command, self.path, body)
+            sent = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(sent)))
+            if status == 404:
+                self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+            self.wfile.write(sent)
+
+        do_GET = do_POST = respond
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr(upload, "HfApi", functools.partial(upload.HfApi, endpoint=hub.url))
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # meet the real error
+
+
+def test_push_makes_a_space_and_sends_what_is_listed(hub, staged):
+    """Caches and other people's hidden files went along, or a file of the page did not."""
+    (staged / "shakespeare_gpt" / "__pycache__").mkdir(exist_ok=True)
+    (staged / "shakespeare_gpt" / "__pycache__" / "x.pyc").write_bytes(b"x")
+    for folder in (staged, staged / "shakespeare_gpt"):
+        (folder / ".DS_Store").write_bytes(b"x")
+    assert upload.push(staged, "ada/play") == "https://huggingface.co/spaces/ada/play"
+    assert sorted(hub.received) == list(list_folder(staged))
+    for name, content in hub.received.items():
+        assert content == (staged / name).read_bytes(), name
+    (asked,) = hub.created
+    assert (asked["organization"], asked["name"]) == ("ada", "play")
+    assert (asked["type"], asked["sdk"]) == ("space", "gradio")
+    assert hub.spaces == {"ada/play": False}
+
+
+@pytest.mark.parametrize(("found", "private"), [(None, True), (True, True), (True, False), (False, False)])
+def test_push_to_a_space_that_fits(hub, staged, found, private):
+    """``found``: whether the Space that is already there is private; None: there is none."""
+    if found is not None:
+        hub.spaces["ada/play"] = found
+    upload.push(staged, "ada/play", private=private)
+    assert "text.txt" in hub.received
+    assert len(hub.created) == (found is None)  # asked for again, a free account got a 402
+    assert hub.spaces["ada/play"] is (private if found is None else found)
+
+
+def test_a_private_upload_never_goes_to_a_public_space(hub, staged):
+    """The text was sent to the public: the hub ignores ``private`` where the Space exists."""
+    hub.spaces["ada/play"] = False
+    with pytest.raises(ExportError, match=r"ada/play is public: .*another name"):
+        upload.push(staged, "ada/play", private=True)
+    assert {method for method, _ in hub.requests} == {"GET"}
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_push_with_a_free_account(hub, staged, room):
+    """Since July 2026 a free account gets no Gradio Space on a CPU, and two on ZeroGPU."""
+    hub.refuse = lambda asked: 200 if room and asked.get("hardware") == "zero-a10g" else 402
+    if room:
+        upload.push(staged, "ada/play")
+        assert "text.txt" in hub.received
+    else:
+        with pytest.raises(ExportError, match=r"\(402: .*Subscribe.*to PRO.*\): .*app\.py") as caught:
+            upload.push(staged, "ada/play")
+        assert "\n" not in str(caught.value)
+        assert not hub.received
+    assert [asked.get("hardware") for asked in hub.created] == [None, "zero-a10g"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_missing_or_wrong_token_is_explained(hub, staged, status, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    hub.refuse = lambda asked: status
+    with pytest.raises(ExportError, match=rf"\({status}: .*\): .*settings/tokens") as caught:
+        upload.push(staged, "ada/play")
+    assert "\n" not in str(caught.value)
+    assert not hub.received
+
+
+def test_a_dry_run_needs_neither_token_nor_network(staged, monkeypatch, no_network):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert upload.push(staged, "ada/play", dry_run=True) == "https://huggingface.co/spaces/ada/play"
+
+
+def test_push_without_a_network_is_one_line(staged, no_network, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    with pytest.raises(ExportError, match=r"did not take ada/play \(no answer: .*\): try again") as caught:
+        upload.push(staged, "ada/play")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("Network error"), TimeoutError()])
+def test_a_network_that_goes_away_is_one_line(hub, staged, monkeypatch, error):
+    """hf_xet, which sends the large files, raises Python's own errors."""
+
+    def fail(self, **options):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fail)
+    with pytest.raises(ExportError, match=r"did not take ada/play \(no answer: .*\): try again"):
+        upload.push(staged, "ada/play")
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, RuntimeError])
+def test_a_bug_keeps_its_traceback(hub, staged, monkeypatch, error):
+    """A TypeError was reported as "could not be reached, check the network"."""
+
+    def fail(self, **options):
+        raise error("a bug")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fail)
+    with pytest.raises(error, match="a bug"):
+        upload.push(staged, "ada/play")
+
+
+def test_push_wants_a_staged_folder(tmp_path):
+    with pytest.raises(ExportError, match="no staged Space"):
+        upload.push(tmp_path, "ada/play")
+
+
+@pytest.mark.parametrize(
+    "name", ["nobody", "ada/my--space", "ada/-a", "ada/a.", "ada/a/b", "", "ada/", "ada/a b"]
+)
+def test_a_wrong_name_is_seen_before_anything_is_made(name, tmp_path):
+    """Half a gigabyte was staged before a wrong name was seen."""
+    with pytest.raises(ExportError, match="USER/NAME"):
+        upload.check_name(name)
+    with pytest.raises(ExportError, match="USER/NAME"):
+        upload.push(tmp_path, name)
+    for name in ("ada/my-space", "ada_l/gpt-2.0_x", "A1/b"):
+        upload.check_name(name)
