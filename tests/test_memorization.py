@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from shakespeare_gpt.data import windows
-from shakespeare_gpt.memorization import Recall, exact_recall, first_difference, score, window_starts
+from shakespeare_gpt.memorization import Recall, exact_recall, score
 from shakespeare_gpt.model import GPT, GPTConfig, KVCache
+from shakespeare_gpt.runs.report import first_difference, line_starts, report
+from shakespeare_gpt.tokenizer import decode
 
 
 def seeded(number: int) -> torch.Generator:
@@ -98,7 +99,7 @@ def test_recall_counts_up_to_the_first_difference(tiny):
     known = tiny.text.ids
     unknown = known[torch.randperm(len(known), generator=seeded(3))]
     ids = torch.cat((known, unknown))
-    recall = exact_recall(tiny.model, ids, prompt_tokens=8, continuation=20, places=40, batch_size=17)
+    recall = exact_recall(tiny.model, ids, prompt_tokens=8, continuation=20, places=40)
     slow = [slow_recall(tiny.model, ids, start, 8, 20) for start in recall.starts]
     assert recall.matched.tolist() == slow
     assert len(set(recall.starts)) == 40
@@ -130,17 +131,6 @@ def test_recall_takes_no_more_memory_than_it_asks_for(monkeypatch, asked, positi
     monkeypatch.setattr(KVCache, "__init__", record)
     exact_recall(GPT(CONFIG), IDS, prompt_tokens=8, continuation=asked - 8, places=5)
     assert set(made) == {(2, 5, 3, positions, 16)}
-
-
-@pytest.mark.parametrize("n", [20, 64, 65, 100, 128, 129, 150, 300])
-@pytest.mark.parametrize("places", [2, 200])
-def test_window_starts_are_those_of_the_training(n, places):
-    """The last window is moved back to be whole: asked from where it is not, even a known text fails."""
-    starts = window_starts(n, 64, 20, places).tolist()
-    trained = windows(torch.arange(n), 64)[0].tolist() if n > 64 else [0]
-    assert set(starts) <= set(trained) and max(starts) + 20 <= n
-    assert starts == sorted(set(starts)) and starts[0] == 0
-    assert len(starts) == min(places, sum(start + 20 <= n for start in trained))
 
 
 def test_places_are_drawn_by_the_seed():
@@ -184,3 +174,38 @@ def test_first_difference(a, b):
     else:
         assert a[:at] == b[:at]
         assert a[at : at + 1] != b[at : at + 1]
+
+
+# --- the report -------------------------------------------------------------------------------------
+
+
+def test_lines_start_after_a_line_end(tiny):
+    """Blank lines are no lines that anybody types; the first line of a text has nothing before it."""
+    ids = tiny.text.ids
+    starts = line_starts(ids).tolist()
+    for at in starts:
+        assert decode(ids[:at]).endswith("\n") and not decode(ids[at : at + 1]).startswith("\n")
+    assert len(starts) == len([line for line in tiny.text.text.split("\n")[1:] if line])
+
+
+def test_the_report_measures_what_people_ask(tiny):
+    """What stands in every log: the whole text, anywhere, lines as they are typed."""
+    found = list(report(tiny.model, tiny.text.ids, places=20))
+    assert [what.partition(" (")[0] for what, _ in found] == [
+        "whole text",
+        "from anywhere",
+        *["from lines' starts"] * 3,
+    ]
+    assert found[0][1].loss == pytest.approx(score(tiny.model, tiny.text.ids).loss)
+    assert [result.prompt_tokens for _, result in found[1:]] == [32, 8, 16, 32]
+    assert found[1][1].mean > 40
+    assert f"median {found[1][1].median:g} of 50" in str(found[1][1])
+
+
+def test_the_report_says_which_prompts_are_not_unique():
+    """A line that stands twice in the text cannot be continued for certain; a long text is asked for more."""
+    line = torch.tensor([198, *range(300, 312)])
+    ids = torch.cat([*[line] * 4, torch.arange(1000, 2200)])
+    found = dict(report(GPT(GPTConfig(n_positions=16, n_embd=8, n_layer=1, n_head=1)), ids, places=3))
+    assert "from lines' starts (4 of these prompts stand in the text several times)" in found
+    assert found["a long passage"].continuation == 200

@@ -444,13 +444,6 @@ def script(monkeypatch):
     return install
 
 
-def streamed(ids, stops) -> list[str]:
-    """The pieces that ``stream_text`` gives where the model's tokens are ``ids``."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "generate", Script(ids))
-        return list(stream_text(None, "", stop=stops))
-
-
 def test_pieces_are_whole_characters(script):
     """Guards against an emoji that arrives as two replacement characters."""
     text = "Soft! 🎭 what light — naïve 東京?"
@@ -467,47 +460,6 @@ def test_an_unfinished_character_comes_at_the_end(script):
     """Guards against bytes that vanish when the last token ends inside a character."""
     script(encode("ok 🎭")[:-1])
     assert "".join(stream_text(None, "")) == "ok \ufffd"
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    st.text(alphabet="ab\n🎭", max_size=30),
-    st.lists(st.text(alphabet="ab\n🎭", min_size=1, max_size=5), max_size=3),
-)
-def test_stop_strings_are_never_shown(text, stops):
-    """Guards against the first half of a stop string shown before the second half arrives."""
-    expected = text
-    for end in range(len(text) + 1):  # the first one to be complete counts
-        places = [text[:end].find(s) for s in stops if s in text[:end]]
-        if places:
-            expected = text[: min(places)]
-            break
-    pieces = streamed([b for character in text for b in encode(character)], stops)
-    assert "".join(pieces) == expected
-    assert all(pieces)
-
-
-@pytest.mark.parametrize(("stops", "shown"), [(["the", "h"], " t"), (["he", "the", "e"], " ")])
-def test_stop_strings_do_not_depend_on_the_tokens(stops, shown):
-    """Two stop strings may come with one token: what is complete first still decides."""
-    for parts in ([" the"], [" t", "he"], list(" the")):
-        assert "".join(streamed([b for part in parts for b in encode(part)], stops)) == shown
-
-
-def test_a_text_is_held_back_only_while_it_could_become_a_stop_string(script):
-    """Guards against a stream that lags behind the model by the length of its stop strings."""
-    script([b for character in "ab  c" for b in encode(character)])
-    assert list(stream_text(None, "", stop=["  \n"])) == ["a", "b", "  c"]
-
-
-def test_a_stop_string_stops_the_model(script):
-    """Guards against tokens computed after the text is over; a lone string is one stop, not its letters."""
-    made = script(encode("Speak, speak.\n\nROMEO: no"))
-    assert "".join(stream_text(None, "", stop="\n\n")) == "Speak, speak."
-    assert made.given < len(made.ids)
-    assert made.closed
-    with pytest.raises(ValueError, match="stop"):
-        stream_text(None, "", stop=["a", ""])
 
 
 def test_end_of_text_ends_the_text(script):
