@@ -252,7 +252,7 @@ def test_moving_windows_stand_elsewhere_in_each_epoch_and_leave_little_out():
 
 
 def test_short_moving_windows_and_whole_fixed_ones_take_turns():
-    """Without the short ones it recites from nowhere else, without the fixed ones the whole text is missed."""
+    """Without the short ones it recites from few places, without the fixed ones the whole text is missed."""
     model = GPTConfig(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2, window=8)
     config = TrainConfig(batch_size=4, epochs=6, min_steps=1, fixed_every=4)
     plan = Plan(300, model, config)
