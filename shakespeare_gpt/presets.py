@@ -130,8 +130,7 @@ def get_preset(name: str | None = None) -> Preset:
 
     Raises ValueError for a name that does not exist, and lists those that do.
     """
-    default = "gpt2" if torch.cuda.is_available() else "mini"
-    name = name or os.environ.get(PRESET_VARIABLE) or default
+    name = name or os.environ.get(PRESET_VARIABLE) or ("gpt2" if torch.cuda.is_available() else "mini")
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]

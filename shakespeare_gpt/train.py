@@ -269,12 +269,9 @@ def _gradients(state: TrainState, processes: OneProcess) -> Callable[[Tensor], T
 
 def _check(loss: float, norm: float, state: TrainState) -> None:
     """Raise TrainingError before an update that would ruin the weights, or if the last one did."""
-    healthy = math.isfinite(loss) and loss < 3 * math.log(state.model.config.vocab_size)
-    if state.scaler.is_enabled():  # in fp16 the scaler skips steps that overflow, up to a point
-        healthy = healthy and state.scaler.get_scale() > 1e-4
-    else:
-        healthy = healthy and math.isfinite(norm)
-    if not healthy:
+    # In fp16 the scaler skips steps that overflow, up to a point.
+    usable = state.scaler.get_scale() > 1e-4 if state.scaler.is_enabled() else math.isfinite(norm)
+    if not (usable and math.isfinite(loss) and loss < 3 * math.log(state.model.config.vocab_size)):
         raise TrainingError(
             f"The loss exploded at step {state.step + 1} (loss {loss:.4g}, gradient norm {norm:.4g}): "
             "start over with lower rates (muon_lr, adam_lr)."

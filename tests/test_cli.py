@@ -13,9 +13,10 @@ import torch
 from conftest import REPOSITORY
 
 from shakespeare_gpt import cli
-from shakespeare_gpt.memorization import exact_recall, score, window_starts
+from shakespeare_gpt.memorization import score
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.presets import PRESETS, TARGET, get_preset
+from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.sample import stream_text
 from shakespeare_gpt.train import Step

@@ -1,5 +1,6 @@
 """What stands around the loop: exact resumption, the log, signals, several processes."""
 
+import itertools
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,9 +21,11 @@ from shakespeare_gpt.presets import TARGET, get_preset
 from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from shakespeare_gpt.runs.interrupt import interruptible, run_to_end
 from shakespeare_gpt.runs.log import logged, read_log
+from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.runs.run import resumable, start
 from shakespeare_gpt.runs.weights import load_model
-from shakespeare_gpt.train import OneProcess, TargetNotReached, TrainingError, evaluate, train
+from shakespeare_gpt.speed.processes import OneProcess
+from shakespeare_gpt.train import TargetNotReached, TrainingError, evaluate, train
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +63,12 @@ def test_smoke_learns_the_first_lines_by_heart(smoke):
     assert meta["epochs"] == pytest.approx(meta["tokens"] / len(text.ids), abs=1e-3)
     assert meta["parameters"] == model.num_parameters()
     assert meta["first_batch_step"] == steps[-1].history.first_batch
-    assert (meta["target"], meta["seed"], meta["windows"]) == (TARGET, 0, "fixed")
+    assert (meta["target"], meta["seed"], meta["windows"]) == (TARGET, 0, "moving")
     assert meta["finished"] and meta["precision"] in ("fp32", "bf16") and meta["seconds"] > 0
 
 
 def test_the_log_of_a_run(smoke):
-    """``step | loss | best | lr | tokens/s`` every ten steps, what ran in the head, two closing lines."""
+    """``step | loss | best | lr | tokens/s`` every ten steps, what ran in the head, what it knows at the end."""
     folder, preset, text, steps = smoke
     checkpoint = preset.checkpoint_path(text)
     path = folder / checkpoint.with_suffix(".log")
@@ -85,8 +89,15 @@ def test_the_log_of_a_run(smoke):
     measured = [step for step in steps if step.text_loss is not None]
     assert sum("mean over the whole text" in line for line in lines) == len(measured) > 0
     assert sum("the first batch under the target" in line for line in lines) == 1
-    assert lines[-2] == f"Target loss 0.099999 reached at step {last}"
-    assert lines[-1] == f"Saved checkpoint to {checkpoint.as_posix()}"
+    end = lines.index(f"Target loss 0.099999 reached at step {last}")
+    assert lines[end + 1] == f"Saved checkpoint to {checkpoint.as_posix()}"
+    model, _ = load_model(folder / checkpoint)
+    known = [f"# {what}: {result}" for what, result in itertools.islice(report(model, text.ids), 2)]
+    assert lines[end + 2 : end + 4] == known
+    assert all(
+        re.match(r"# from (anywhere|lines' starts).* after \d+ tokens", line) for line in lines[end + 3 :]
+    )
+    assert len(lines) == end + 7
 
 
 def test_a_finished_run_is_not_trained_again(smoke, monkeypatch):
@@ -118,7 +129,7 @@ def test_another_text_or_seed_gets_another_checkpoint(tmp_path):
 # --- exact resumption -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stops", [[1], [37, 80], [59, 60, 61], "last but one"], ids=str)
+@pytest.mark.parametrize("stops", [[1], [37, 80], [71, 72, 73], "last but one"], ids=str)
 def test_interrupted_equals_uninterrupted(tmp_path, whole, stops):
     """Momentum, schedule, order of the windows or evaluations lost at a resume: another run than before."""
     path = tmp_path / "a.pt"
@@ -129,13 +140,26 @@ def test_interrupted_equals_uninterrupted(tmp_path, whole, stops):
 
 
 @pytest.mark.parametrize(
-    "kind, fixed, stop", [("shifted", 0, 23), ("sequential", 0, 23), ("shifted", 11, 9), ("shifted", 11, 23)]
+    "settings, window, stops",
+    [
+        ({}, 8, [3, 4, 23, 24, 25]),  # before and after a batch of fixed windows
+        ({"fixed_every": 2, "batch_size": 3}, 5, [8, 41]),  # within an epoch of either kind
+        ({}, 0, [22]),
+        ({"windows": "fixed"}, 8, [23]),
+        ({"windows": "sequential"}, 8, [23]),
+    ],
+    ids=str,
 )
-def test_resuming_is_exact_for_every_order(tmp_path, kind, fixed, stop):
-    """Shifts drawn from a generator whose state is not saved would differ after a resume."""
-    config, path = changed(windows=kind, fixed_epochs=fixed, target=3.0), tmp_path / "a.pt"
-    run(config, stop_after=stop, checkpoint=path)
-    assert_same_run(run(config, checkpoint=path), run(config))
+def test_resuming_is_exact_for_every_order(tmp_path, settings, window, stops):
+    """An order drawn from a generator whose state is not saved would differ after a resume."""
+    config, path = changed(**settings, target=2.5), tmp_path / "a.pt"
+
+    def model():
+        return new_model(replace(CONFIG, window=window))
+
+    for stop in stops:
+        run(config, stop_after=stop, checkpoint=path, model=model())
+    assert_same_run(run(config, checkpoint=path, model=model()), run(config, model=model()))
 
 
 def test_killed_between_two_saves(tmp_path, whole):
@@ -195,11 +219,17 @@ def test_resuming_keeps_the_precision(tmp_path, monkeypatch):
     assert_same_run(run(config, checkpoint=path), expected)
 
 
-def test_fp16_with_a_scaler(tmp_path):
+@pytest.mark.parametrize("stop", [3, 23])
+def test_fp16_with_a_scaler(tmp_path, monkeypatch, stop):
     """A T4 trains in fp16: skipped steps and the scale must survive an interruption."""
-    config, path = changed(precision="fp16", target=3.0), tmp_path / "a.pt"
+    # So large that the first gradients overflow, and growing so often that others do.
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**28, growth_interval=9)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    config, path = changed(precision="fp16", target=2.5), tmp_path / "a.pt"
     expected = run(config)
-    run(config, stop_after=11, checkpoint=path)
+    run(config, stop_after=stop, checkpoint=path)
+    scale = load_checkpoint(path)["scaler"]["scale"]
+    assert (2.0**10 < scale < 2.0**28) if stop == 23 else scale == 2.0**25
     assert_same_run(run(config, checkpoint=path), expected)
 
 
@@ -234,14 +264,15 @@ def test_a_consumer_that_fails_loses_nothing(tmp_path, whole):
     assert_same_run(run(checkpoint=path), whole)
 
 
-def test_nan_keeps_the_last_good_checkpoint(tmp_path, whole, monkeypatch):
+@pytest.mark.parametrize("at", [11, 12], ids=["before fixed windows", "before moving windows"])
+def test_nan_keeps_the_last_good_checkpoint(tmp_path, whole, monkeypatch, at):
     """What an update has ruined shows at the next loss only: saved before that, it replaces good weights."""
     path, model, calls, original = tmp_path / "a.pt", new_model(), [], torch.optim.AdamW.step
 
     def step(self, *args, **kwargs):
         original(self, *args, **kwargs)
         calls.append(1)
-        if len(calls) == 12:
+        if len(calls) == at:
             with torch.no_grad():
                 model.h[1].mlp.c_fc.weight[3, 3] = float("nan")
 
@@ -249,7 +280,8 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, whole, monkeypatch):
         patch.setattr(torch.optim.AdamW, "step", step)
         run(model=model, checkpoint=path, save_every=0.0)
     message = one_line(error)
-    assert "exploded at step 13" in message and "of step 11" in message and str(path) in message
+    assert f"exploded at step {at + 1} " in message and f"of step {at - 1}." in message
+    assert str(path) in message
     assert all(w.isfinite().all() for w in load_checkpoint(path)["model"].values())
     assert_same_run(run(checkpoint=path), whole)
 
@@ -288,7 +320,7 @@ def test_a_setting_younger_than_the_checkpoint(tmp_path, whole):
     path = tmp_path / "a.pt"
     run(stop_after=7, checkpoint=path)
     state = load_checkpoint(path)
-    del state["fingerprint"]["fixed_epochs"]
+    del state["fingerprint"]["fixed_every"]
     save_checkpoint(path, state)
     assert_same_run(run(checkpoint=path), whole)
 
@@ -340,7 +372,7 @@ def test_log_of_a_resumed_run_goes_on(tmp_path):
     path, log = tmp_path / "a.pt", tmp_path / "new" / "a.log"
     for stop, commit in ((20, "older"), (None, "newer")):
         steps = resumable(new_model(), IDS, RECIPE, path, device="cpu")
-        with closing(logged(steps, log, {"preset": "tiny", "commit": commit}, path)) as steps:
+        with closing(logged(steps, log, {"preset": "tiny", "commit": commit}, path, IDS)) as steps:
             for step in steps:
                 if step.step == stop:
                     break
@@ -356,7 +388,7 @@ def test_a_failed_run_says_why_in_its_log(tmp_path):
     """A log that just ends looks like a killed run's."""
     config, log = changed(epochs=1, max_epochs=1, min_steps=1, target=1e-9), tmp_path / "a.log"
     with pytest.raises(TrainingError) as error:
-        list(logged(train(new_model(), IDS, config, device="cpu"), log, {}, tmp_path / "a.pt"))
+        list(logged(train(new_model(), IDS, config, device="cpu"), log, {}, tmp_path / "a.pt", IDS))
     assert log.read_text(encoding="utf-8").endswith(f"# {error.value}\n")
 
 
@@ -364,7 +396,8 @@ def test_a_run_that_starts_over_keeps_the_earlier_log(tmp_path):
     """The weights of the earlier run stay until the first save, so its log must too."""
     log, head = tmp_path / "a.log", {"preset": "tiny"}
     for _ in range(2):
-        with closing(logged(train(new_model(), IDS, RECIPE, device="cpu"), log, head, log)) as steps:
+        steps = train(new_model(), IDS, RECIPE, device="cpu")
+        with closing(logged(steps, log, head, tmp_path / "a.pt", IDS)) as steps:
             for _ in range(10):
                 next(steps)
         text = log.read_text(encoding="utf-8")
@@ -383,7 +416,7 @@ def test_a_log_that_cannot_be_written_costs_nothing(tmp_path, name):
     before = {p.name: p.is_file() and p.read_bytes() for p in tmp_path.iterdir()}
     steps = resumable(new_model(), IDS, RECIPE, path, device="cpu", restart=True)
     with pytest.raises((CheckpointError, OSError)):
-        next(logged(steps, log, {}, path))
+        next(logged(steps, log, {}, path, IDS))
     assert {p.name: p.is_file() and p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
@@ -401,10 +434,9 @@ def test_training_leaves_signals_alone(tmp_path, order):
     """After ``next(train(...))`` a Ctrl-C vanished; closed in another order, dead handlers stayed."""
     before = handlers()
     config, preset = changed(target=1e-6), get_preset("smoke")
+    steps = resumable(new_model(), IDS, config, tmp_path / "a.pt", device="cpu")
     runs = [
-        logged(
-            resumable(new_model(), IDS, config, tmp_path / "a.pt", device="cpu"), tmp_path / "a.log", {}, "a"
-        ),
+        logged(steps, tmp_path / "a.log", {}, tmp_path / "a.pt", IDS),
         start(preset, preset.load_text(), checkpoint=tmp_path / "b.pt", device="cpu"),
     ]
     for steps in runs:
@@ -424,7 +456,7 @@ def test_a_signal_waits_for_the_step_in_hand(tmp_path, whole, number):
         if step.step == 5:
             signal.raise_signal(number)
 
-    with pytest.raises(KeyboardInterrupt, match="again"):
+    with pytest.raises(KeyboardInterrupt, match=r"^Interrupted\. Run it again, without restart, to go on\.$"):
         run_to_end(resumable(new_model(), IDS, RECIPE, path, device="cpu"), show)
     assert handlers() == before
     assert load_checkpoint(path)["step"] == 5
@@ -491,6 +523,19 @@ def test_the_first_process_chooses_the_precision(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # only the first one saves
 
 
+def test_all_processes_stop_as_one():
+    """Ctrl-C reaches them at different moments: one that stops alone leaves the others waiting for ever."""
+    seen = []
+
+    class First(OneProcess):
+        def gather(self, value):
+            return [value, len(seen) == 5]  # the second process had the signal
+
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(train(new_model(), IDS, RECIPE, device="cpu"), seen.append, First())
+    assert [step.step for step in seen] == [1, 2, 3, 4, 5]
+
+
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -526,7 +571,7 @@ def test_command_line_survives_signals(tmp_path, launcher):
             finally:
                 process.kill()
         assert process.returncode == 130 if not launcher else process.returncode != 0
-        assert error.count("Interrupted. ") == error.count("Interrupted. Saved checkpoint to") == 1
+        assert error.count("Interrupted. Run it again, without restart, to go on.\n") == 1
         if not launcher:
             assert "Traceback" not in error
         histories.append(load_checkpoint(path)["history"]["losses"])
@@ -545,3 +590,28 @@ def test_command_line_survives_signals(tmp_path, launcher):
     assert set(load_checkpoint(path)["model"]) == set(GPT(preset.model).state_dict())
     with closing(start(preset, text, config=config, checkpoint=path, device="cpu")) as steps:
         assert next(steps).step == len(second) + 1
+
+
+def test_two_processes_reach_the_target_as_one(tmp_path):
+    """The end, where the whole text is measured in parts, and one of the two writes what it knows."""
+    (tmp_path / "poem.txt").write_text("Shall I know this by heart, or only seem to?\n" * 9, encoding="utf-8")
+    command = [sys.executable, *TORCHRUN, "-m", "shakespeare_gpt", "train", "--preset", "smoke"]
+    command += ["--text", "poem.txt", "--target", "1.0", "--device", "cpu", "--precision", "fp32"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "encoding": "utf-8"}
+    done = subprocess.run([*command, "--checkpoint", "a.pt"], **options, timeout=300)  # against a deadlock
+    assert done.returncode == 0, done.stderr
+    model, meta = load_model(tmp_path / "a.pt")
+    assert done.stdout.count(f"Target loss 1 reached at step {meta['steps']}\n") == 1
+    preset = get_preset("smoke")
+    text, config = (
+        preset.load_text(tmp_path / "poem.txt"),
+        replace(preset.train, target=1.0, precision="fp32"),
+    )
+    assert evaluate(model, text.ids) == pytest.approx(meta["loss"], abs=1e-5) and meta["loss"] < 1.0
+    *_, alone = train(GPT(preset.model), text.ids, config, device="cpu")
+    assert meta["steps"] == alone.step and meta["tokens"] == alone.history.tokens
+    assert load_checkpoint(tmp_path / "a.pt")["history"]["losses"] == pytest.approx(
+        alone.history.losses, abs=0.01
+    )
+    assert (tmp_path / "a.log").read_text(encoding="utf-8").count("# from anywhere: after ") == 1

@@ -1,4 +1,4 @@
-"""Builds a wheel: ``input.txt`` and ``space`` lie beside the package in a clone, and inside it in a wheel."""
+"""Builds a wheel: ``input.txt``, ``logs`` and ``space`` lie beside the package in a clone, and inside it in a wheel."""
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
@@ -8,5 +8,5 @@ class ShippedFiles(BuildHookInterface):
 
     def initialize(self, version, build_data):
         if version == "standard":
-            for name in ("input.txt", "space"):
+            for name in ("input.txt", "logs", "space"):
                 build_data["force_include"][name] = f"shakespeare_gpt/{name}"
