@@ -1,4 +1,4 @@
-"""Builds a wheel: ``input.txt``, ``logs`` and ``space`` lie beside the package in a clone, and inside it in a wheel."""
+"""Builds a wheel: what lies beside the package in a clone lies inside it in a wheel."""
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 

@@ -119,13 +119,7 @@ def commit() -> str:
 
 def read_log(path: str | os.PathLike) -> tuple[dict[str, str], list[int], list[float]]:
     """A log's head, and the steps and batch losses of its lines."""
-    head, steps, losses = {}, [], []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        if line.startswith("# ") and ": " in line:
-            key, value = line[2:].split(": ", 1)
-            head[key] = value
-        elif line[:1].isdigit():
-            step, loss = line.split(" | ")[:2]
-            steps.append(int(step))
-            losses.append(float(loss))
-    return head, steps, losses
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    head = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    rows = [line.split(" | ") for line in lines if line[:1].isdigit()]
+    return head, [int(row[0]) for row in rows], [float(row[1]) for row in rows]
