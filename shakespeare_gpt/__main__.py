@@ -2,9 +2,9 @@
 
 import os
 
-# Threads that wait in a loop take the cores from what runs beside them, and from each other: beside one busy
-# program a step took ten times as long. It counts only if it is set before torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenMP's threads wait for each other in a loop before they sleep. Beside a busy program a long loop makes a step
+# many times slower (docs/measurements.md), so we shorten it. It counts only before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from shakespeare_gpt.cli import main
 

@@ -26,7 +26,7 @@ from shakespeare_gpt.runs.checkpoint import (
 )
 from shakespeare_gpt.runs.weights import from_openai, load_model, save_safetensors, to_openai
 
-TINY = GPTConfig(vocab_size=101, n_positions=16, n_embd=24, n_layer=2, n_head=3)
+TINY = GPTConfig(vocab_size=101, n_positions=16, window=9, n_embd=24, n_layer=2, n_head=3)
 META = {"preset": "tiny", "steps": 12, "loss": 0.0987, "text_name": "Märchen", "first": None}
 
 
@@ -142,6 +142,14 @@ def test_load_model(tmp_path):
     assert model.wte.weight.dtype == torch.float32 and model.device.type == "cpu"
     ids = torch.tensor([[3, 1, 4]])
     assert torch.equal(model(ids), tiny_model()(ids))
+
+
+def test_weights_without_a_window_are_read_through_their_whole_context(tmp_path):
+    """Weights older than the window were trained with whole windows: they are as good as they were."""
+    state = tiny_state()
+    del state["config"]["window"]
+    model, _ = load_model(save_checkpoint(tmp_path / "old.pt", state))
+    assert model.config.sampling_window == 16 and tiny_model().config.sampling_window == 9
 
 
 def test_load_model_draws_no_random_numbers(tmp_path):
@@ -291,6 +299,8 @@ def test_what_is_no_checkpoint(tmp_path, kind):
         (lambda s: s["config"].update(n_layer=3), "holds no GPT"),
         (lambda s: s["config"].update(n_embd=25), "holds no GPT"),
         (lambda s: s["config"].update(dropout=0.1), "holds no GPT"),
+        (lambda s: s["config"].update(window=17), "holds no GPT"),
+        (lambda s: s["config"].update(window=None), "holds no GPT"),
         (lambda s: s["model"].pop("ln_f.bias"), "holds no GPT"),
         (lambda s: s.pop("config"), "holds no GPT"),
         (lambda s: s.pop("meta"), "metadata is no table"),

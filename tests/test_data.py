@@ -18,10 +18,8 @@ from small_run import one_line
 
 from shakespeare_gpt import data, notebook
 from shakespeare_gpt.data import SHIPPED, TextError, WindowOrder, load_text, tiny_shakespeare, windows
-from shakespeare_gpt.model import GPTConfig
-from shakespeare_gpt.presets import TEXT_VARIABLE, TrainConfig, get_preset
+from shakespeare_gpt.presets import TEXT_VARIABLE, get_preset
 from shakespeare_gpt.tokenizer import decode, encode
-from shakespeare_gpt.train import Plan
 
 INPUT_TXT = SHIPPED / "input.txt"
 INPUT = INPUT_TXT.read_text(encoding="utf-8")
@@ -251,20 +249,32 @@ def test_moving_windows_stand_elsewhere_in_each_epoch_and_leave_little_out():
     assert seen.min() > 20
 
 
-def test_short_moving_windows_and_whole_fixed_ones_take_turns():
-    """Without the short ones it recites from few places, without the fixed ones the whole text is missed."""
-    model = GPTConfig(vocab_size=97, n_positions=16, n_embd=32, n_layer=2, n_head=2, window=8)
-    config = TrainConfig(batch_size=4, epochs=6, min_steps=1, fixed_every=4)
-    plan = Plan(300, model, config)
-    moving, fixed = WindowOrder(300, 8, "moving", seed=0), WindowOrder(300, 16, "fixed", seed=0)
-    for step in range(40):
-        starts, length = plan.batch(step)
-        number, turn = divmod(step, 4)
-        expected = fixed.batch(number, 4) if turn == 3 else moving.batch(3 * number + turn, 8)
-        assert torch.equal(starts, expected) and length == (16 if turn == 3 else 8)
-    for kind in ("fixed", "sequential"):
-        plan = Plan(300, model, TrainConfig(batch_size=4, windows=kind))
-        assert all(plan.batch(step)[1] == 16 for step in range(9))
+@pytest.mark.parametrize("tokens, length", [(2000, 64), (19_753, 48)])
+def test_moving_windows_meet_nearly_every_token_once_an_epoch(tokens, length):
+    """Starts drawn one by one leave out a third of the text, and read another third twice or more."""
+    order = WindowOrder(tokens, length, "moving", seed=3)
+    total = torch.zeros(tokens, dtype=torch.int64)
+    for number in range(20):
+        places = order.epoch(number)[:, None] + torch.arange(1, length + 1)
+        counts = torch.bincount(places.flatten() % tokens, minlength=tokens)
+        assert counts.sum() == tokens // length * length and counts.max() <= 2
+        assert (counts == 1).double().mean() > 0.85
+        total += counts
+        # Each stretch of eight is moved by itself: otherwise a window always has the same neighbours.
+        apart = order.epoch(number).sort().values.diff()
+        assert (apart == length).sum() >= len(apart) * 7 // 8 - 1 and len(apart.unique()) > 2
+    assert total.min() >= 12 and total.max() <= 28  # what one epoch leaves out another meets
+
+
+@given(st.integers(1, 40), st.integers(1, 1000), st.integers(1, 30), st.sampled_from([0, 2**63 - 1]))
+def test_a_batch_may_span_epochs(length, more, size, seed):
+    """A short text: a batch holds the end of one epoch and the beginning of the next."""
+    order = WindowOrder(length + more, length, "moving", seed)
+    n = (length + more) // length
+    row = torch.cat([order.epoch(number) for number in range(3 * size // n + 1)])
+    assert len(order.epoch(2)) == n
+    for number in range(3):
+        assert torch.equal(order.batch(number, size), row[number * size :][:size])
 
 
 # --- Tiny Shakespeare: from a server, a file, the cache ------------------------------------------------

@@ -209,3 +209,13 @@ def test_the_report_says_which_prompts_are_not_unique():
     found = dict(report(GPT(GPTConfig(n_positions=16, n_embd=8, n_layer=1, n_head=1)), ids, places=4))
     assert "from lines' starts (4 of these prompts stand in the text several times)" in found
     assert found["a long passage"].continuation == 200
+
+
+@pytest.mark.parametrize("n", [2, 3, 17, 120])
+def test_the_report_of_a_short_text_without_lines(n):
+    """The end of a run is no place for an error: what cannot be asked is left out."""
+    model = GPT(GPTConfig(n_positions=16, window=6, n_embd=8, n_layer=1, n_head=1))
+    found = list(report(model, torch.arange(300, 300 + n)))
+    assert [what for what, _ in found] == ["whole text", "from anywhere"]
+    assert len(found[0][1].losses) == n - 1
+    assert len(found[1][1].starts) == n - found[1][1].prompt_tokens - found[1][1].continuation + 1

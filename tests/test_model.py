@@ -64,6 +64,8 @@ def test_names_are_openais():
         ({"n_head": 0}, "at least 1"),
         ({"n_positions": -1}, "at least 1"),
         ({"vocab_size": 0}, "at least 1"),
+        ({"window": 257}, "window"),
+        ({"window": -1}, "window"),
     ],
 )
 def test_impossible_sizes(sizes, word):

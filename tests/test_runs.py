@@ -68,7 +68,7 @@ def test_smoke_learns_the_first_lines_by_heart(smoke):
 
 
 def test_the_log_of_a_run(smoke):
-    """``step | loss | best | lr | tokens/s`` every ten steps, what ran in the head, what it knows at the end."""
+    """``step | loss | best | lr | tokens/s`` every ten steps, under what ran, over what it knows."""
     folder, preset, text, steps = smoke
     checkpoint = preset.checkpoint_path(text)
     path = folder / checkpoint.with_suffix(".log")

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shakespeare_gpt import sample
+from shakespeare_gpt.memorization import exact_recall
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.sample import (
     CachedReader,
@@ -20,6 +22,7 @@ from shakespeare_gpt.sample import (
     window_start,
 )
 from shakespeare_gpt.speed.ngram_draft import DraftLength, NgramDraft
+from shakespeare_gpt.speed.sampling_weights import for_sampling
 from shakespeare_gpt.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode
 
 SMALL = GPTConfig(vocab_size=61, n_positions=32, n_embd=48, n_layer=2, n_head=3)
@@ -41,7 +44,7 @@ def random_model(config=SMALL, scale=6.0, seed=0) -> GPT:
 
 def uncached(model, ids: list[int]) -> torch.Tensor:
     """The logits after ``ids``, by the window's definition and nothing else."""
-    window = ids[window_start(len(ids), model.config.n_positions) :]
+    window = ids[window_start(len(ids), model.config.window or model.config.n_positions) :]
     with torch.inference_mode():
         return model(torch.tensor([window]))[0, -1]
 
@@ -183,10 +186,12 @@ def test_the_window_holds_more_than_half_and_never_too_much(n, length):
         assert window_start(length - 1, n) <= start
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 32])
-def test_cached_logits_equal_uncached_across_the_windows_edge(n):
+@pytest.mark.parametrize(("positions", "n"), [(1, 1), (2, 2), (5, 5), (32, 32), (32, 1), (32, 9)])
+def test_cached_logits_equal_uncached_across_the_windows_edge(positions, n):
     """Guards against stale keys, wrong positions or a lost token when the window moves."""
-    model = random_model(GPTConfig(vocab_size=61, n_positions=n, n_embd=48, n_layer=2, n_head=3))
+    window = n if n < positions else 0
+    sizes = {"vocab_size": 61, "n_positions": positions, "n_embd": 48, "n_layer": 2, "n_head": 3}
+    model = random_model(GPTConfig(**sizes, window=window))
     ids = torch.randint(0, 61, (3 * n + 7,), generator=seeded(5)).tolist()
     with torch.inference_mode():
         for first in {1, n, min(2 * n + 1, len(ids))}:
@@ -243,6 +248,35 @@ def test_generation_past_the_context_follows_the_definition(prompt_length):
     prompt = torch.randint(0, 61, (prompt_length,), generator=seeded(7)).tolist()
     generated = list(generate(model, prompt, max_new_tokens=70, temperature=0))
     assert generated == greedy_uncached(model, prompt or [60], 70)  # 198 is beyond this vocabulary
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 32), st.integers(0, 80), st.integers(0, 2**63 - 1))
+def test_a_model_of_short_windows_is_read_through_its_window_everywhere(window, length, seed):
+    """Guards against any place that reads further than the training's short windows: there it is lost.
+
+    With ``window`` it must do what a model with so many positions does, whatever stands at the others.
+    """
+    small = random_model(replace(SMALL, n_positions=window))
+    model = GPT(replace(SMALL, window=window)).eval()
+    table = torch.full_like(model.wpe.weight, torch.nan)
+    table[:window] = small.wpe.weight.detach()
+    model.load_state_dict({**small.state_dict(), "wpe.weight": table})
+    ids = torch.randint(0, 61, (length + 60,), generator=seeded(seed % 1000))
+    draft, ways = NgramDraft(ids.roll(7)), []
+    for each in (small, model, for_sampling(model, "fp32")[0]):
+        options = {"max_new_tokens": 30, "seed": seed}
+        ways.append(
+            (
+                list(generate(each, ids[:length], **options)),
+                list(generate(each, ids[:length], **options, draft=draft)),
+                exact_recall(
+                    each, ids, prompt_tokens=length or 1, continuation=40, places=5
+                ).matched.tolist(),
+                CachedReader(each).room(length),
+            )
+        )
+    assert ways[0] == ways[1] == ways[2]
 
 
 def test_the_head_works_for_the_wanted_positions_only(monkeypatch):

@@ -26,7 +26,7 @@ def report(model: GPT, ids: Tensor, places: int = 200) -> Iterator[tuple[str, Sc
     """
     yield "whole text", score(model, ids)
     n = len(ids)
-    given, asked = min(32, n // 4), min(50, n // 4)
+    given, asked = min(32, max(1, n // 4)), min(50, max(1, n // 4))
     yield ("from anywhere", exact_recall(model, ids, prompt_tokens=given, continuation=asked, places=places))
     lines = line_starts(ids)
     for prompt in (8, 16, 32):
