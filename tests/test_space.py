@@ -650,7 +650,7 @@ def test_without_weights_the_page_says_so(app, tmp_path):
         ("cut", "not a readable safetensors file"),
         ("header", "lacks this project"),
         ("text", "not the text that these weights learnt"),
-        ("no text", "text.txt does not exist"),
+        ("no text", "text.txt cannot be read"),
     ],
 )
 def test_wrong_weights_are_refused(app, staged, tmp_path, damage, message):
