@@ -20,7 +20,6 @@ from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
 from shakespeare_gpt.publish.space import learnt_text, list_folder, listing, size_text, stage_space
 from shakespeare_gpt.publish.transformers_export import export_transformers
-from shakespeare_gpt.publish.upload import check_name, push
 from shakespeare_gpt.runs.checkpoint import newest_checkpoint
 from shakespeare_gpt.runs.interrupt import run_to_end
 from shakespeare_gpt.runs.log import end_line, progress_line
@@ -32,7 +31,6 @@ from shakespeare_gpt.speed.devices import best_precision, default_device, device
 from shakespeare_gpt.speed.processes import connected
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
 
-STAGED = Path("build") / "space"  # where a Space is put together unless another folder is named
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -187,11 +185,8 @@ def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
 
     Example: shakespeare-gpt export --stage build/space
     """
-    space = options.stage or options.push or options.dry_run
-    if not (options.safetensors or options.transformers or space):
-        wrong_usage("say what to make: --safetensors, --transformers, --stage or --push")
-    if options.push:  # a wrong name is worth knowing before half a gigabyte is written
-        check_name(options.push)
+    if not (options.safetensors or options.transformers or options.stage):
+        wrong_usage("say what to make: --safetensors, --transformers or --stage")
     weights = Path(options.weights or newest_checkpoint())
     if options.safetensors or options.transformers:
         model, meta = load_model(weights)
@@ -203,16 +198,11 @@ def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
             export_transformers(model, options.transformers, meta)
             print(listing(list_folder(options.transformers)))
         del model
-    if space:
-        folder = Path(options.stage or STAGED)
-        files = stage_space(folder, weights, options.text, dtype=DTYPES[options.dtype or "bf16"])
+    if options.stage:
+        folder, dtype = options.stage, DTYPES[options.dtype or "bf16"]
+        files = stage_space(folder, weights, options.text, dtype=dtype)
         print(f"The Space in {folder}, from {weights}:\n{listing(files)}")
-        if options.dry_run:
-            print("Nothing was uploaded (--dry-run).")
-        elif options.push:
-            print(f"Uploaded: {push(folder, options.push, private=options.private)}")
-        else:
-            print(f"Try it: python {(folder / 'app.py').as_posix()}")
+        print(f"Try it: python {(folder / 'app.py').as_posix()}")
     return 0
 
 
@@ -254,9 +244,6 @@ COMMANDS = {
         ("--safetensors", Path, None, "write the weights to this file"),
         ("--transformers", Path, None, "write a folder that transformers opens"),
         ("--stage", Path, None, "put the complete Space into this folder"),
-        ("--push", str, None, "stage the Space and upload it to USER/NAME"),
-        ("--private", bool, None, "with --push: a new Space is private"),
-        ("--dry-run", bool, None, "upload nothing: list what would go"),
         ("--dtype", tuple(DTYPES), None, "of the weights; without it fp32, for the Space bf16"),
     ),
 }

@@ -59,15 +59,7 @@ def test_help_names_commands_and_presets(capsys):
         ("train",): ("--preset", "--text", "--restart", "--max-epochs", "Ctrl-C", *PRESETS),
         ("generate",): ("--weights", "--temperature", "--top-p", "--seed", "Example"),
         ("recite",): ("--weights", "--text", "exit code"),
-        ("export",): (
-            "--stage",
-            "--push",
-            "--dry-run",
-            "--transformers",
-            "--safetensors",
-            "--weights",
-            "Example",
-        ),
+        ("export",): ("--stage", "--transformers", "--safetensors", "--weights", "Example"),
     }
     for command, words in expected.items():
         with pytest.raises(SystemExit) as ended:
@@ -115,9 +107,6 @@ def test_wrong_usage(tmp_path, capsys, arguments, word):
         (["recite", "--weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["export", "--stage", "x"], "no checkpoint in checkpoints/"),
         (["export", "--stage", "x", "--weights", "none.pt"], "no checkpoint none.pt"),
-        (["export", "--push", "nobody", "--weights", "none.pt"], "USER/NAME"),
-        (["export", "--push", "ada/my--space", "--weights", "none.pt"], "USER/NAME"),
-        (["export", "--push", "ada/a/b", "--weights", "none.pt"], "USER/NAME"),
     ],
 )
 def test_refused_in_one_line(tmp_path, capsys, arguments, word):
@@ -445,12 +434,12 @@ def test_recite_says_what_is_wrong(tiny, tmp_path, capsys):
 
 
 def test_export_of_the_newest_weights(tiny, tmp_path, capsys):
-    """A dry run stages all and lists all, and needs no network and no account."""
+    """What is staged is listed: it is what will be public."""
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "a.pt").write_bytes(tiny.checkpoint.read_bytes())
-    assert cli.run(["export", "--push", "ada/play", "--dry-run", "--text", str(tiny.source)]) == 0
+    assert cli.run(["export", "--stage", "build/space", "--text", str(tiny.source)]) == 0
     said = capsys.readouterr().out
-    assert "model.safetensors" in said and "Nothing was uploaded" in said
+    assert "model.safetensors" in said and "Try it" in said
     folder = tmp_path / "build" / "space"
     assert (folder / "app.py").is_file()
     listed = {line.rsplit("  ", 1)[0].strip() for line in said.splitlines()[1:-2]}
