@@ -31,6 +31,7 @@ class TrainConfig:
     warmup_steps: int = 30
     final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping
+    share_unseen: bool = False  # the tokens that the text lacks share one embedding: exact, and cheaper
     windows: str = "moving"  # "moving" in turn with "fixed" ones; "fixed" or "sequential" alone
     precision: str = "auto"  # "auto", "bf16", "fp16" or "fp32"
     stop_on: str = "text"  # "text": mean of the whole text under the target; "batch": any one batch

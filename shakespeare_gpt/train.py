@@ -24,6 +24,7 @@ from shakespeare_gpt.speed.cuda_graph import CUDAGraphs
 from shakespeare_gpt.speed.devices import autocast, best_precision, default_device
 from shakespeare_gpt.speed.muon import make_optimizers
 from shakespeare_gpt.speed.processes import OneProcess
+from shakespeare_gpt.speed.shared_unseen import share_unseen
 
 
 class TrainingError(ShakespeareGPTError):
@@ -51,6 +52,7 @@ class TrainState:
     """All that a run carries from one step to the next: with it, resuming is exact."""
 
     model: GPT
+    learner: GPT  # what the optimizers move: the model, or its ``ReducedGPT``
     optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     precision: str
@@ -85,9 +87,7 @@ class Plan:
 
     def __init__(self, tokens: int, model: GPTConfig, config: TrainConfig, world: int = 1):
         if config.batch_size % world:
-            raise TrainingError(
-                f"Choose a batch size that {world} processes can share, not {config.batch_size}."
-            )
+            raise TrainingError(f"Choose a batch size that {world} processes share, not {config.batch_size}.")
         self.config, self.world = config, world
         self.length, self.short = model.n_positions, model.sampling_window
         kind = "sequential" if config.windows == "sequential" else "fixed"
@@ -139,7 +139,7 @@ def train(
     processes = processes or OneProcess()
     plan = Plan(len(ids), model.config, config, processes.world)
     model = model.to(device)
-    state = state or new_state(model, config, config.precision)
+    state = state or new_state(model, ids, config, config.precision)
     history, scaler, ids = state.history, state.scaler, ids.to(device)
     offsets = torch.arange(model.config.n_positions + 1, device=device)
     gradients = _gradients(state, processes)
@@ -159,13 +159,11 @@ def train(
         loss = processes.sum(gradients(tokens) / processes.world)
         for optimizer in state.optimizers:
             scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(state.learner.parameters(), config.grad_clip or math.inf)
         loss, norm = torch.stack((loss, norm)).tolist()
         _check(loss, norm, state)
         if before_update is not None:
-            paused = time.perf_counter()
             before_update(state)
-            began += time.perf_counter() - paused
 
         # The update. In fp16 a gradient may overflow. The scaler would leave out only the optimizer that
         # owns it, and the other would take gradients that clipping by NaN has spoiled: all move, or none.
@@ -242,28 +240,29 @@ def _evaluate_near_target(state, ids: Tensor, config: TrainConfig, processes: On
     return value
 
 
-def new_state(model: GPT, config: TrainConfig, precision: str = "auto") -> TrainState:
+def new_state(model: GPT, ids: Tensor, config: TrainConfig, precision: str = "auto") -> TrainState:
     """The state before the first step. "auto" is what suits the device of ``model``."""
     if precision == "auto":
         precision = best_precision(model.device)[0]
     scaler = torch.amp.GradScaler(model.device.type, enabled=precision == "fp16")
-    return TrainState(model, make_optimizers(model, config, precision), scaler, precision)
+    learner = share_unseen(model, ids) if config.share_unseen else model
+    return TrainState(model, learner, make_optimizers(learner, config, precision), scaler, precision)
 
 
 def _gradients(state: TrainState, processes: OneProcess) -> Callable[[Tensor], Tensor]:
     """A function of tokens (B, T + 1): forward and backward, fills the gradients, returns the loss."""
-    model, device = state.model, state.model.device
-    forward = processes.wrap(model)
+    learner, device = state.learner, state.model.device
+    forward = processes.wrap(learner)
 
     def gradients(tokens: Tensor) -> Tensor:
-        model.zero_grad(set_to_none=True)
+        learner.zero_grad(set_to_none=True)
         with autocast(device, state.precision):
             loss = forward(tokens[:, :-1], tokens[:, 1:])
         state.scaler.scale(loss).backward()
         return loss.detach()
 
     if device.type == "cuda" and processes.world == 1:
-        return CUDAGraphs(gradients, list(model.parameters()))
+        return CUDAGraphs(gradients, list(learner.parameters()))
     return gradients
 
 

@@ -1,17 +1,11 @@
 """The pictures of the notebooks: what they show, not how they look."""
 
-import io
-import warnings
 from contextlib import closing
 
-import matplotlib
-import torch
 from PIL import Image, ImageOps
 from small_run import IDS, changed, new_model
 
-from shakespeare_gpt.data import Text
 from shakespeare_gpt.notebook import plots
-from shakespeare_gpt.publish.quotations import QuotationIndex
 from shakespeare_gpt.runs.checkpoint import load_checkpoint, save_checkpoint
 from shakespeare_gpt.tokenizer import decode
 from shakespeare_gpt.train import train
@@ -34,28 +28,6 @@ def test_a_run_can_be_watched_without_a_notebook(capsys):
     assert f"step {step.step} " in axes.get_title(loc="left") + axes.get_title()
     curve = axes.lines[0].get_ydata()
     assert list(curve) == step.history.losses
-
-
-def test_the_picture_of_quotations_has_every_line_and_every_place():
-    """A line left out, or dollar signs that become a formula: the figure shows another text."""
-    index = QuotationIndex(Text("play", PLAY, torch.empty(0, dtype=torch.int64)))
-    generated = "No. " + PLAY.replace("Rowse", "Lisk") + "\n" + "x$y " * 40
-    figure = plots.quotation_figure(index, generated)
-    shown = [text.get_text() for text in figure.axes[0].texts]
-    places = [quotation.place for quotation in index.find(generated)]
-    assert len(places) >= 2 and set(places) <= set(shown)
-    assert "".join(shown).count("x$y") == 40
-    assert all(word in " ".join(shown) for word in generated.split())
-    assert max(len(line) for line in shown) <= 100
-    figure.canvas.draw()
-    with warnings.catch_warnings(), matplotlib.rc_context():
-        warnings.simplefilter("error")
-        plots.style()  # saved and then shown, it warned in the notebook
-        styled = plots.quotation_figure(index, generated)
-        for _ in range(2):
-            styled.savefig(io.BytesIO(), bbox_inches="tight")
-    figures = [plots.quotation_figure(index, text) for text in ("", "\n\n", "x" * 250, PLAY + "\n")]
-    assert [text.get_text() for text in figures[2].axes[0].texts][:3] == ["x" * 100, "x" * 100, "x" * 50]
 
 
 def test_a_notebook_updates_one_picture(monkeypatch):

@@ -205,7 +205,7 @@ def test_fp32_holds_for_muon_too(monkeypatch, asked, dtype):
     """On a CPU with bf16 two processes differed from one: each rounded the updates in its own way."""
     monkeypatch.setattr("shakespeare_gpt.train.best_precision", lambda device: ("bf16", "it is fast"))
     config = changed(precision=asked)
-    muon = new_state(new_model(), config, config.precision).optimizers[0]
+    muon = new_state(new_model(), IDS, config, config.precision).optimizers[0]
     assert muon.param_groups[0]["dtype"] == dtype
 
 
@@ -253,7 +253,7 @@ def test_learning_rate_can_be_constant():
 def test_every_parameter_is_trained_once(kind):
     """A parameter in no optimizer never learns; one in two is moved twice."""
     model = new_model()
-    optimizers = new_state(model, changed(optimizer=kind), "fp32").optimizers
+    optimizers = new_state(model, IDS, changed(optimizer=kind), "fp32").optimizers
     groups = [p for o in optimizers for g in o.param_groups for p in g["params"]]
     assert len(groups) == len({id(p) for p in groups}) == len(list(model.parameters()))
     if kind == "muon":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 from IPython import get_ipython
 from IPython.display import DisplayHandle
 
-from shakespeare_gpt.publish.quotations import QuotationIndex, quoted_share
 from shakespeare_gpt.runs.interrupt import run_to_end
 from shakespeare_gpt.runs.log import end_line, progress_line
 from shakespeare_gpt.train import Step
@@ -77,29 +75,4 @@ def loss_figure(step: Step) -> plt.Figure:
     speed = f"{step.tokens_per_second:,.0f} tokens/s, {step.seconds_left / 60:.1f} min left"
     ax.set_title(f"step {step.step}   {history.tokens / 1e6:.2f} million tokens   {speed}")
     ax.legend(loc="upper right")
-    return fig
-
-
-def quotation_figure(index: QuotationIndex, generated: str) -> plt.Figure:
-    """A generated text as a picture: each quotation in a colour of its own, and its place below."""
-    # A row of at most 100 characters ends at white space, or in the middle of a longer word.
-    rows = list(re.finditer(r".{0,100}(?:\s|\Z)|.{100}", generated))
-    quotations = index.find(generated)
-    height = len(rows) + len(quotations) + 4
-    fig, ax = plt.subplots(figsize=(8, 0.19 * height), layout="constrained")
-    # 105.2 characters of 9-point DejaVu Sans Mono fill the width of this figure.
-    ax.set(xlim=(0, 105.2), ylim=(height - 3, -3))
-    ax.axis("off")
-    font = {"family": "DejaVu Sans Mono", "fontsize": 9, "parse_math": False, "in_layout": False}
-    for y, row in enumerate(rows):
-        ax.text(0, y + 0.25, row[0].rstrip().expandtabs(1), color="#222222", **font)
-    for i, quotation in enumerate(quotations):
-        tint = plt.cm.Pastel2(i % 8)
-        for y, row in enumerate(rows):
-            start = max(quotation.start - row.start(), 0)
-            end = min(quotation.end - row.start(), len(row[0].rstrip()))
-            if start < end:
-                ax.barh(y, end - start, 0.94, start, color=tint)
-        ax.text(0, len(rows) + i + 1.25, quotation.place, bbox={"fc": tint, "lw": 0, "pad": 1.5}, **font)
-    ax.text(0, -1.7, f"{quoted_share(index, generated):.0%} of this text is quoted", fontsize=12)
     return fig

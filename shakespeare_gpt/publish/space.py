@@ -80,7 +80,7 @@ def stage_space(
     """Put a complete Space into ``folder``: ``python app.py`` there needs nothing else of this repository.
 
     checkpoint: a ``.pt`` or ``.safetensors`` file; text: see ``learnt_text``. bf16 halves the download, and
-    what was memorized survives it (notebook 5 measures that). Returns the files, as ``list_folder`` does.
+    what was memorized survives it (notebook 6 measures that). Returns the files, as ``list_folder`` does.
     Raises ExportError, CheckpointError and TextError.
     """
     folder = Path(folder)

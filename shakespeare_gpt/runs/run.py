@@ -83,7 +83,7 @@ def resumable(
         model.load_state_dict(saved["model"])
         yield Step(**saved["last"], history=History(**saved["history"]), state=None)
         return
-    state = new_state(model.to(device), config, saved["precision"] if saved else views[0][1])
+    state = new_state(model.to(device), ids, config, saved["precision"] if saved else views[0][1])
     if saved is not None:
         restore(state, saved)
     last_save, saved_step = time.monotonic(), state.step
@@ -128,6 +128,8 @@ def fingerprint(model: GPT, ids: Tensor, config: TrainConfig) -> dict[str, Any]:
 def restore(state: TrainState, saved: dict[str, Any]) -> None:
     """Set a new state to what a checkpoint holds."""
     state.model.load_state_dict(saved["model"])
+    if state.learner is not state.model:
+        state.learner.read()
     for optimizer, theirs in zip(state.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(theirs)
     state.scaler.load_state_dict(saved["scaler"])

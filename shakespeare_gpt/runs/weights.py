@@ -98,7 +98,7 @@ def load_model(
 
 def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, int], dict[str, Any]]:
     if not path.is_file():
-        raise CheckpointError(f"There are no weights at {path}: export them first (notebook 5).")
+        raise CheckpointError(f"There are no weights at {path}: export them first (notebook 6).")
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}

@@ -14,24 +14,26 @@ from torch.nn import functional as F
 CHUNK_ROWS = {"cpu": 512, "cuda": 8192}
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of softmax(hidden weight^T) against targets.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy in nats of softmax(hidden weight^T + bias) against targets.
 
-    hidden (..., C), weight (V, C), targets (...). Equal to ``F.cross_entropy(hidden @ weight.T, targets)``,
-    gradients too.
+    hidden (..., C), weight (V, C), targets (...), bias (V,), which is not trained. Equal to
+    ``F.cross_entropy(hidden @ weight.T + bias, targets)``, gradients too.
     """
     device = hidden.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype
     flat, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    return LinearCrossEntropy.apply(flat, weight, labels, CHUNK_ROWS.get(device, 1024), dtype)
+    return LinearCrossEntropy.apply(flat, weight, labels, bias, CHUNK_ROWS.get(device, 1024), dtype)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The two large products run in ``dtype``, all sums in fp32."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, rows: int, dtype) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, rows: int, dtype):
         V, dtypes = weight.shape[0], (hidden.dtype, weight.dtype)
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), device=hidden.device, dtype=torch.float32)
@@ -51,6 +53,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 *(part.split(rows) for part in (hidden, targets, grad_hidden)), strict=True
             ):
                 logits = torch.mm(x, matrix.T, out=block[: len(x)])
+                if bias is not None:
+                    logits[:, :V] += bias
                 if matrix.shape[0] > V:
                     logits[:, V:] = float("-inf")
                 probs = torch.softmax(logits, 1, dtype=torch.float32, out=exact[: len(x)])
@@ -81,4 +85,4 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale = grad_output * (1.0 / len(grad_hidden))
         to_hidden, to_weight = ctx.dtypes
         grad_hidden = (grad_hidden.float() * scale).to(to_hidden)
-        return grad_hidden, (grad_weight * scale).to(to_weight), None, None, None
+        return grad_hidden, (grad_weight * scale).to(to_weight), None, None, None, None

@@ -101,4 +101,6 @@ def make_optimizers(model: nn.Module, config, precision: str) -> list[torch.opti
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
+    if hasattr(model, "write_back"):  # a ReducedGPT
+        optimizers[-1].register_step_post_hook(lambda *_: model.write_back())
     return optimizers
