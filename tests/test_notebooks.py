@@ -25,7 +25,7 @@ if not importlib.util.find_spec("shakespeare_gpt"):
     %pip install -q git+{ADDRESS}
 from shakespeare_gpt.notebook import setup
 preset = setup()"""
-NAMES = ["01_tokenization", "02_architecture", "03_training", "04_sampling", "05_space"]
+NAMES = ["01_tokenization", "02_architecture", "03_training", "04_memorization", "05_sampling", "06_space"]
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 LOCAL_PATH = re.compile(r"(?<![\w.])/(?:work|root|home|tmp|Users|content)/[\w.-]+")
@@ -72,7 +72,7 @@ def assert_clean(notebook) -> None:
 @each
 def test_runs_at_smoke(path, repository_copy):
     """A change of the package that breaks a notebook must not wait for a reader to find it."""
-    if path.stem.startswith("04"):  # this one must train on the spot; 05 then finds its checkpoint
+    if path.stem.startswith("04"):  # this one must train on the spot; the next finds its checkpoint
         shutil.rmtree(repository_copy / "checkpoints", ignore_errors=True)
     copy = repository_copy / "notebooks" / path.name
     before = {p.name for p in (REPOSITORY / "checkpoints").glob("*")}
@@ -122,8 +122,8 @@ def test_runs_alone_as_in_colab(tmp_path, repository_copy):
 # --- what is committed ------------------------------------------------------------------------------
 
 
-def test_all_five_are_there():
-    """The README and the chain of links promise five."""
+def test_all_six_are_there():
+    """The README and the chain of links promise six."""
     assert [path.stem for path in NOTEBOOKS] == NAMES
 
 

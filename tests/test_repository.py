@@ -161,7 +161,7 @@ def test_the_address_is_one():
         if slug in path.read_text(encoding="utf-8")
     }
     assert {"tools/address.py", "README.md", "pyproject.toml", "CITATION.cff", "CONTRIBUTING.md"} <= names
-    assert sum(name.startswith("notebooks/") for name in names) == 5
+    assert sum(name.startswith("notebooks/") for name in names) == 6
 
 
 def test_one_command_changes_it_everywhere(repository_copy, tmp_path):
