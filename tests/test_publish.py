@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -312,3 +313,18 @@ def test_the_text_of_a_preset_is_found(source, tmp_path):
     assert learnt_text(meta, source).text == text.text
     whole = {**meta, "text_sha256": load_text("input").sha256}  # trained on all of it
     assert learnt_text(whole, source).text == load_text("input").text
+
+
+# --- the upload, which is Hugging Face's own command
+
+
+def test_the_commands_of_the_upload_exist():
+    """Hugging Face renames an option, and our readers' Spaces stay at home."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    commands = [line.split() for line in re.findall(r"^\.venv/bin/hf (.*)$", text, re.MULTILINE)]
+    assert [words[0] for words in commands] == ["auth", "repos", "upload"]
+    for words in commands:
+        name = words[:1] if words[0] == "upload" else words[:2]
+        asked = [sys.executable, "-m", "huggingface_hub.cli.hf", *name, "--help"]
+        said = subprocess.run(asked, capture_output=True, text=True, encoding="utf-8", check=True).stdout
+        assert all(word in said for word in words if word.startswith("--")), words
