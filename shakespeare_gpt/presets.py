@@ -94,13 +94,13 @@ PRESETS = {
             name="mini",
             about="16M parameters learn input.txt in minutes on two CPU cores",
             model=GPTConfig(n_layer=4, n_head=4, n_embd=256, window=48),
-            train=TrainConfig(batch_size=3, epochs=20, muon_lr=0.03, adam_lr=1.6e-2),
+            train=TrainConfig(batch_size=3, epochs=20, muon_lr=0.03, adam_lr=1.6e-2, share_unseen=True),
         ),
         Preset(
             name="gpt2",
             about="GPT-2 small, 124M parameters, learns Tiny Shakespeare",
             model=GPTConfig(window=48),
-            train=TrainConfig(batch_size=16, epochs=9.4, muon_lr=0.014, adam_lr=6e-3),
+            train=TrainConfig(batch_size=16, epochs=12, muon_lr=0.014, adam_lr=6e-3, share_unseen=True),
             text="tinyshakespeare",
         ),
         Preset(
