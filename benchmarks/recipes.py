@@ -51,7 +51,8 @@ def parse_run(run: str) -> tuple[Preset, TrainConfig]:
     known = asdict(preset.train)
     if len(given) < len(changes) or (given.keys() - known):
         raise ValueError(f"{run!r} is not PRESET,setting=value,...: the settings are {', '.join(known)}")
-    typed = {key: type(getattr(TrainConfig(), key))(value) for key, value in given.items()}
+    kinds = {key: type(value) for key, value in asdict(TrainConfig()).items()}
+    typed = {k: v == "True" if kinds[k] is bool else kinds[k](v) for k, v in given.items()}
     return preset, replace(preset.train, **typed)
 
 

@@ -58,7 +58,7 @@ def measure(job: Job) -> float:
     changes = {"batch_size": job.batch_size, "precision": job.precision}
     config = replace(preset.train, target=1e-9, stop_on="batch", **changes)
     if job.row != RECIPE:
-        config = replace(config, optimizer="adamw", adam_lr=1e-4)
+        config = replace(config, optimizer="adamw", adam_lr=1e-4, share_unseen=False)
     if job.row != THEIRS and device.type == "cpu":
         keep_freed_memory()
     if job.row in (THEIRS, BOTH):

@@ -24,7 +24,7 @@ class GPTConfig:
 
     vocab_size: int = 50257  # 256 bytes + 50,000 merges + <|endoftext|>
     n_positions: int = 256  # context; OpenAI trained with 1,024
-    window: int = 0  # how many tokens it looks back at when it samples; 0: the whole context
+    window: int = 0  # tokens in its short training windows, and in view when it samples; 0: n_positions
     n_embd: int = 768
     n_layer: int = 12
     n_head: int = 12

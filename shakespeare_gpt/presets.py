@@ -19,7 +19,7 @@ TEXT_VARIABLE = "SHAKESPEARE_GPT_TEXT"
 class TrainConfig:
     """How to train. Notebook 3 explains each setting."""
 
-    batch_size: int = 8  # windows in a step, over all GPUs together
+    batch_size: int = 8  # windows in a step, over all GPUs; of short windows about as many tokens
     epochs: float = 9.0  # times through the text until the rates have come down
     fixed_every: int = 4  # with moving windows: one batch of so many is of fixed ones
     max_epochs: float = 40.0  # where to give up
@@ -31,7 +31,7 @@ class TrainConfig:
     warmup_steps: int = 30
     final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping
-    share_unseen: bool = False  # the tokens that the text lacks share one embedding: exact, and cheaper
+    share_unseen: bool = False  # the tokens that the text lacks share one embedding: cheaper
     windows: str = "moving"  # "moving" in turn with "fixed" ones; "fixed" or "sequential" alone
     precision: str = "auto"  # "auto", "bf16", "fp16" or "fp32"
     stop_on: str = "text"  # "text": mean of the whole text under the target; "batch": any one batch

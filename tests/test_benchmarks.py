@@ -108,6 +108,7 @@ def test_recipes_knows_the_table_of_the_search():
         assert next(csv.reader(file)) == recipes.COLUMNS
     with pytest.raises(ValueError, match="speed=3"):
         recipes.parse_run("gpt2,speed=3")
+    assert recipes.parse_run("gpt2,share_unseen=False")[1].share_unseen is False
 
 
 @pytest.fixture
