@@ -1,6 +1,7 @@
 """The notebooks: each one runs at the smoke preset, and the committed ones are what a reader should see."""
 
 import ast
+import base64
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from conftest import REPOSITORY
 
 from tools.address import ADDRESS
+from tools.check_notebooks import violations
 from tools.execute_notebooks import fingerprint
 
 FIRST_CELL = f"""\
@@ -213,3 +215,20 @@ def test_solutions_import_what_exists(path):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("shakespeare_gpt"):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+
+
+@each
+def test_is_easy_to_read(path):
+    """Long cells, long paragraphs, nothing to do for the reader: nobody finishes such a notebook."""
+    assert violations(path) == []
+
+
+@each
+def test_shows_the_present_pictures(path):
+    """An attachment of last month beside the numbers of today."""
+    for cell in cells(path, "markdown"):
+        names = set(re.findall(r"attachment:([\w.-]+)", cell.source))
+        assert names == set(cell.get("attachments", {}))
+        for name in names:
+            picture = (REPOSITORY / "figures" / name).read_bytes()
+            assert base64.b64decode(cell.attachments[name]["image/png"]) == picture, name

@@ -314,6 +314,20 @@ def test_the_citation_names_this_version():
     assert f"\nrepository-code: {ADDRESS}\n" in citation
 
 
+def test_the_numbers_of_the_readme_are_those_of_the_log():
+    """A figure that no run has reached, or that an earlier recipe did."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    notebook = (REPOSITORY / "notebooks" / "03_training.ipynb").read_text(encoding="utf-8")
+    log = (REPOSITORY / "logs" / "train.log").read_text(encoding="utf-8")
+    loss = re.search(r"# whole text: ([\d.]+) nats", log)[1]
+    tokens = re.search(r"# (\d+) tokens, ", log)[1]
+    perfect = re.search(r"# from anywhere: .* at 200 places: .* all right at (\d+)%", log)[1]
+    assert f"{float(loss):.4f} nats" in readme and f"{float(loss):.4f} nats" in notebook
+    assert f"{int(tokens) / 1e6:.2f} million" in readme and f"{int(tokens) / 1e6:.2f} million" in notebook
+    assert f"at {perfect} %" in readme
+    assert "# preset: gpt2\n" in log and " seed=0" in log
+
+
 # --- what lies in it --------------------------------------------------------------------------------
 
 

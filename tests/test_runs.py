@@ -392,6 +392,14 @@ def test_a_failed_run_says_why_in_its_log(tmp_path):
     assert log.read_text(encoding="utf-8").endswith(f"# {error.value}\n")
 
 
+def test_weights_without_their_log_are_loaded(tmp_path):
+    """Whoever brings only the file of a finished run met an AttributeError."""
+    path, log = tmp_path / "a.pt", tmp_path / "b.log"
+    run(checkpoint=path)
+    steps = logged(resumable(new_model(), IDS, RECIPE, path, device="cpu"), log, {}, path, IDS)
+    assert [step.done for step in steps] == [True]
+
+
 def test_a_run_that_starts_over_keeps_the_earlier_log(tmp_path):
     """The weights of the earlier run stay until the first save, so its log must too."""
     log, head = tmp_path / "a.log", {"preset": "tiny"}

@@ -37,7 +37,7 @@ def logged(
     with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file:
         try:
             first = next(steps)
-            if first.state is None and file.tell():  # the run had ended before, and its log says so
+            if first.state is None:  # the run had ended before, and this is no log of it
                 yield first
                 return
             start = (
