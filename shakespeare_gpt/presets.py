@@ -100,7 +100,9 @@ PRESETS = {
             name="gpt2",
             about="GPT-2 small, 124M parameters, learns Tiny Shakespeare",
             model=GPTConfig(window=48),
-            train=TrainConfig(batch_size=16, epochs=12, muon_lr=0.014, adam_lr=6e-3, share_unseen=True),
+            train=TrainConfig(
+                batch_size=16, epochs=11, muon_lr=0.014, adam_lr=6e-3, beta2=0.99, share_unseen=True
+            ),
             text="tinyshakespeare",
         ),
         Preset(
