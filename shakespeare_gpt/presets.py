@@ -17,7 +17,7 @@ TEXT_VARIABLE = "SHAKESPEARE_GPT_TEXT"
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Notebook 3 explains each setting."""
+    """How to train. Notebook 3 builds the loop that reads these settings."""
 
     batch_size: int = 8  # windows in a step, over all GPUs; of short windows about as many tokens
     epochs: float = 9.0  # times through the text until the rates have come down

@@ -224,8 +224,7 @@ def evaluate(model: GPT, ids: Tensor, precision: str = "fp32", processes: OnePro
     """The mean loss in nats over every token of the text ids (n,) but the first."""
     processes = processes or OneProcess()
     scores = score(model, ids, precision=precision, part=(processes.rank, processes.world))
-    total = scores.losses.double().sum().to(model.device)
-    return processes.sum(total).item() / (len(ids) - 1)
+    return processes.sum(scores.losses.double().sum().to(model.device)).item() / (len(ids) - 1)
 
 
 def _evaluate_near_target(state, ids: Tensor, config: TrainConfig, processes: OneProcess) -> float:
@@ -267,8 +266,7 @@ def _gradients(state: TrainState, processes: OneProcess) -> Callable[[Tensor], T
 
 
 def _check(loss: float, norm: float, state: TrainState) -> None:
-    """Raise TrainingError before an update that would ruin the weights, or if the last one did."""
-    # In fp16 the scaler skips steps that overflow, up to a point.
+    """Raise TrainingError where an update would ruin the weights, or has; fp16 may overflow now and then."""
     usable = state.scaler.get_scale() > 1e-4 if state.scaler.is_enabled() else math.isfinite(norm)
     if not (usable and math.isfinite(loss) and loss < 3 * math.log(state.model.config.vocab_size)):
         raise TrainingError(

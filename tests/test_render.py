@@ -77,8 +77,8 @@ def test_quotations_are_marked_numbered_and_placed(index):
     assert "Word for word in &lt;W&gt;" in markup
     place = "Rowse &lt;i class=&quot;x&quot;&gt;, line 6"
     assert re.findall("<li>(.*?)</li>", markup) == [
-        "<b>Ennor, line 2</b> <span>8 words</span>",
-        f"<b>{place}</b> <span>5 words</span>",
+        "<b>Ennor, line 2</b> <span>· 8 words</span>",
+        f"<b>{place}</b> <span>· 5 words</span>",
     ]
     assert f'<mark title="{place}">' in markup
 

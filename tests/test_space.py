@@ -231,6 +231,7 @@ def open_tab(driver, name):
 
 def whole_page(driver, path: Path, width: int):
     """A screenshot of all of the page, however long."""
+    driver.execute_script("document.activeElement.blur()")
     height = driver.execute_script("return document.querySelector('.gradio-container').scrollHeight")
     set_width(driver, width, max(700, height + 24))
     time.sleep(0.5)
@@ -246,6 +247,7 @@ def screenshots(folder: Path, out: Path):
                 open_page(driver, url, theme)
                 seed = driver.find_element("css selector", "#seed input")
                 seed.send_keys("7")
+                set_number(driver, "Length", 110)
                 time.sleep(0.5)
                 click(driver, "#generate")
                 wait_for(driver, lambda d: d.find_elements("css selector", "#figures .figures"), "an answer")

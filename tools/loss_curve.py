@@ -19,8 +19,8 @@ from shakespeare_gpt.runs.log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = (  # log, label, colour
-    ("baseline", "the usual recipe: until one batch is under the target", plots.GREY),
-    ("train", "this recipe: until the whole text is", plots.BLUE),
+    ("baseline", "AdamW at a constant rate: until one batch is under the target", plots.GREY),
+    ("train", "this recipe: until the whole text is under it", plots.BLUE),
 )
 
 
@@ -47,12 +47,14 @@ def draw(logs: Path, path: Path) -> None:
         ax.plot([step * millions for step in steps], losses, color=colour, label=label, linewidth=1)
         for step, loss in text:
             ax.plot(step * millions, loss, "o", color=colour)
+            where = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "color": colour}
+            ax.annotate(f"whole text: {loss:.4f}", (step * millions, loss), **where)
             print(f"{name}: whole text {loss:.4f} at step {step}, {step * millions:.2f} million tokens")
         if first:
             print(f"{name}: first batch under it at step {first}, {first * millions:.2f} million tokens")
     ax.axhline(TARGET, color=plots.RED, linestyle="--", linewidth=1, label=f"target {TARGET}")
     ax.set(yscale="log", xlabel="tokens read (millions)", ylabel="loss (nats per token)", ylim=(0.04, 60))
-    ax.set_title("124M on Tiny Shakespeare: every tenth batch, and the whole text (dot)")
+    ax.set_title("124M parameters learn Tiny Shakespeare: every tenth batch")
     ax.legend(loc="upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, metadata={"Software": None})

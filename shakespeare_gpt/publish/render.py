@@ -45,7 +45,7 @@ def quoted_html(
         at += len(piece)
         if quotation:
             place = escape(quotation.place)
-            notes.append(f"<li><b>{place}</b> <span>{quotation.words} words</span></li>")
+            notes.append(f"<li><b>{place}</b> <span>· {quotation.words} words</span></li>")
             inner = f'<mark title="{place}">{inner}</mark><sup>{len(notes)}</sup>'
         body += inner
     if notes:
