@@ -74,21 +74,21 @@ def branch(ax: Axes, x: float, norm: str, name: str, title: str, what: str, colo
 
 def heads() -> None:
     ax = canvas(5.6, "Each head attends for itself, in its own slice of the channels")
-    colors, width = [BLUE, ORANGE, GREEN, RED], 1.45
+    colors, width = [BLUE, ORANGE, GREEN], 1.93
     for i, color in enumerate(colors):
         x = 1.7 + i * width
         for y, name in [(4.2, "q"), (3.83, "k"), (3.46, "v")]:
-            box(ax, x, y, width, 0.32, f"{name} of head {i + 1}", color)
+            box(ax, x, y, width, 0.32, f"{name} of head {i}", color)
         arrow(ax, (x + width / 2, 3.44), (x + width / 2, 3.07))
-        pattern(ax, x + 0.35, 2.3, seed=i, color=color)
+        pattern(ax, x + 0.59, 2.3, seed=i, color=color)
         arrow(ax, (x + width / 2, 2.27), (x + width / 2, 1.86))
-        box(ax, x, 1.5, width, 0.34, f"result {i + 1}", color)
+        box(ax, x, 1.5, width, 0.34, f"result {i}", color)
         arrow(ax, (x + width / 2, 1.48), (x + width / 2, 1.1))
-    box(ax, 1.7, 0.66, 4 * width, 0.42, "c_proj mixes the slices", GREY)
+    box(ax, 1.7, 0.66, 3 * width, 0.42, "c_proj mixes the slices", GREY)
     arrow(ax, (4.6, 0.66), (4.6, 0.25))
-    label(ax, 4.75, 0.38, "C channels, to be added to the stream", ha="left", size=10.5)
-    ax.annotate("", (1.7, 4.68), (1.7 + 4 * width, 4.68), arrowprops={"arrowstyle": "<->", "shrinkA": 0})
-    label(ax, 4.6, 4.86, "C channels, cut into nh slices of hs = C / nh (here nh = 4)", size=10.5)
+    label(ax, 4.75, 0.38, "12 channels, to be added to the stream", ha="left", size=10.5)
+    ax.annotate("", (1.7, 4.68), (1.7 + 3 * width, 4.68), arrowprops={"arrowstyle": "<->", "shrinkA": 0})
+    label(ax, 4.6, 4.86, "12 channels, cut into slices of 4, one for each of the 3 heads", size=10.5)
     label(ax, 0.2, 3.99, "from c_attn,\nin one product", ha="left", size=10)
     label(ax, 0.2, 2.68, "attention,\nonce for each head", ha="left", size=10)
     label(ax, 0.2, 1.67, "side by side", ha="left", size=10)

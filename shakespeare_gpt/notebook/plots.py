@@ -71,7 +71,8 @@ def loss_figure(step: Step) -> plt.Figure:
     ax.plot(x, history.losses, color=BLUE, linewidth=0.8, alpha=0.6, label="one batch")
     ax.plot(*np.reshape(history.text, (-1, 2)).T, "o", color=ORANGE, markersize=6, label="whole text")
     ax.axhline(step.target, color=RED, linewidth=1.2, linestyle="--", label=f"target {step.target}")
-    ax.set(yscale="log", xlabel="step", ylabel="loss (nats per token)", ylim=(min(0.05, 0.8 * step.best), 14))
+    low = min(0.05, 0.8 * step.best, *(0.7 * loss for _, loss in history.text))
+    ax.set(yscale="log", xlabel="step", ylabel="loss (nats per token)", ylim=(low, 14))
     speed = f"{step.tokens_per_second:,.0f} tokens/s, {step.seconds_left / 60:.1f} min left"
     ax.set_title(f"step {step.step}   {history.tokens / 1e6:.2f} million tokens   {speed}")
     ax.legend(loc="upper right")
