@@ -20,7 +20,7 @@ from shakespeare_gpt.publish.space import learnt_text
 from shakespeare_gpt.runs.checkpoint import load_checkpoint
 from shakespeare_gpt.runs.weights import load_model
 from shakespeare_gpt.sample import generate
-from shakespeare_gpt.tokenizer import decode
+from shakespeare_gpt.tokenizer import decode, encode
 
 PROMPT, SAID = 12, 60  # tokens, as in notebook 3
 WIDTH, LINE = 72, 0.3  # characters in a line of 8 inches; the height of a line, in inches
@@ -29,7 +29,10 @@ WIDTH, LINE = 72, 0.3  # characters in a line of 8 inches; the height of a line,
 def moments(checkpoint: str | os.PathLike, text: str | None = None) -> tuple[list[tuple[int, str]], str, str]:
     """What a run said at several steps, [(step, continuation), ...], its prompt, and how the text goes on."""
     model, meta = load_model(checkpoint)
-    ids = learnt_text(meta, text).ids.tolist()
+    play = learnt_text(meta, text).text
+    speeches = play.split("\n\n")
+    at = play.index(speeches[len(speeches) // 2])
+    ids = encode(play[at : at + 1000])
     said = decode(generate(model, ids[:PROMPT], max_new_tokens=SAID, temperature=0))
     # A run is saved before its caller takes the last sample.
     earlier = [tuple(sample) for sample in load_checkpoint(checkpoint)["history"]["samples"]]
