@@ -184,8 +184,9 @@ def recite_tab(server: ModelServer) -> None:
     figures = gr.HTML(elem_id="recitation-figures", elem_classes="numbers")
     page = gr.HTML(f'<div class="leaf empty">{empty}</div>', elem_id="recitation")
 
-    def begin_at_random(tab: TabState) -> tuple:
-        drawn = choice(*random.SystemRandom().choice(speeches))
+    def begin_at_random(present: int, tab: TabState) -> tuple:
+        others = [speech for speech in speeches if speech[1] != present] or speeches
+        drawn = choice(*random.SystemRandom().choice(others))
         listed = sorted({*choices, drawn}, key=lambda entry: entry[1])
         return gr.Dropdown(listed, value=drawn[1]), *begin(tab)
 
@@ -194,7 +195,7 @@ def recite_tab(server: ModelServer) -> None:
 
     begun = [request, note, halt]
     starts = [go.click(begin, tab, begun, **AT_ONCE)]
-    starts += [draw.click(begin_at_random, tab, [line, *begun], **AT_ONCE)]
+    starts += [draw.click(begin_at_random, [line, tab], [line, *begun], **AT_ONCE)]
     connect(starts, server.recite, show, [tab, request, line, tokens], [page, figures, note, halt])
 
 
