@@ -148,10 +148,9 @@ def generate(options: argparse.Namespace, wrong_usage: Callable[[str], None]) ->
         pieces = stream_text(model, prompt, **parameters)
     except ValueError as error:
         wrong_usage(str(error))
-    known = {k: meta.get(k) for k in ("preset", "text_name", "steps", "loss")}
-    about = {k: v for k, v in known.items() if v is not None} | parameters
-    numbers = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in about.items()}
-    print("#", " ".join(f"{k}={v}" for k, v in numbers.items()), file=sys.stderr, flush=True)
+    known = {k: meta.get(k) for k in ("preset", "text_name", "steps", "loss")} | parameters
+    about = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in known.items() if v is not None}
+    print("#", " ".join(f"{k}={v}" for k, v in about.items()), file=sys.stderr, flush=True)
     print(prompt, end="")
     for piece in pieces:
         print(piece, end="", flush=True)
