@@ -26,8 +26,9 @@ class TrainConfig:
     min_steps: int = 150  # a short text needs more epochs: the schedule has at least so many steps
     optimizer: str = "muon"  # "muon": Muon for the layers' matrices, AdamW for the rest; or "adamw"
     muon_lr: float = 0.02
+    momentum: float = 0.95  # Muon's: the share of the past in its mean of gradients
     adam_lr: float = 2e-3
-    beta2: float = 0.95
+    beta2: float = 0.95  # AdamW's, in its mean of squared gradients
     warmup_steps: int = 30
     final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping

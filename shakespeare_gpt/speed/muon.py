@@ -96,8 +96,8 @@ def make_optimizers(model: nn.Module, config, precision: str) -> list[torch.opti
         optimizers = [torch.optim.AdamW(matrices + rest, **adam)]
     else:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        muon = Muon(matrices, dtype=dtype, lr=config.muon_lr, weight_decay=0.0)
-        optimizers = [muon, torch.optim.AdamW(rest, **adam)]
+        options = {"lr": config.muon_lr, "momentum": config.momentum, "weight_decay": 0.0}
+        optimizers = [Muon(matrices, dtype=dtype, **options), torch.optim.AdamW(rest, **adam)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
