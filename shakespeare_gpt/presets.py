@@ -26,7 +26,7 @@ class TrainConfig:
     min_steps: int = 150  # a short text needs more epochs: the schedule has at least so many steps
     optimizer: str = "muon"  # "muon": Muon for the layers' matrices, AdamW for the rest; or "adamw"
     muon_lr: float = 0.02
-    momentum: float = 0.95  # Muon's: the share of the past in its mean of gradients
+    momentum: float = 0.9  # Muon's: the share of the past in its mean of gradients
     adam_lr: float = 2e-3
     beta2: float = 0.95  # AdamW's, in its mean of squared gradients
     warmup_steps: int = 30
@@ -102,7 +102,13 @@ PRESETS = {
             about="GPT-2 small, 124M parameters, learns Tiny Shakespeare",
             model=GPTConfig(window=48),
             train=TrainConfig(
-                batch_size=16, epochs=11, muon_lr=0.014, adam_lr=6e-3, beta2=0.99, share_unseen=True
+                batch_size=16,
+                epochs=9.45,
+                fixed_every=5,
+                muon_lr=0.024,
+                adam_lr=3e-3,
+                beta2=0.99,
+                share_unseen=True,
             ),
             text="tinyshakespeare",
         ),

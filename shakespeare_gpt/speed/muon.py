@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with batched products in a chosen precision, ``dtype``."""
+    """torch's Muon with batched products in a chosen precision, ``dtype``.
+
+    A group of parameters may say that each is several matrices one above the other: ``parts``.
+    """
 
     def __init__(self, params, *, dtype: torch.dtype = torch.bfloat16, **options):
         super().__init__(params, **options)
@@ -22,16 +25,16 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(p.shape, []).append(p)
-            for (rows, columns), params in by_shape.items():
-                for p in params:
                     if "momentum_buffer" not in self.state[p]:
                         self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [self.state[p]["momentum_buffer"] for p in params]
-                grads = [p.grad for p in params]
+                    stored = (p, p.grad, self.state[p]["momentum_buffer"])
+                    for part in zip(*(t.chunk(group.get("parts", 1)) for t in stored), strict=True):
+                        by_shape.setdefault(part[0].shape, []).append(part)
+            for (rows, columns), matrices in by_shape.items():
+                params, grads, buffers = map(list, zip(*matrices, strict=True))
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 update = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov's look ahead
                 update = orthogonalize(
@@ -96,8 +99,11 @@ def make_optimizers(model: nn.Module, config, precision: str) -> list[torch.opti
         optimizers = [torch.optim.AdamW(matrices + rest, **adam)]
     else:
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        # Queries, keys and values are three matrices that GPT-2 stores as one.
+        stored = [block.attn.c_attn.weight for block in model.h]
+        groups = [{"params": stored, "parts": 3}, {"params": [p for p in matrices if p not in set(stored)]}]
         options = {"lr": config.muon_lr, "momentum": config.momentum, "weight_decay": 0.0}
-        optimizers = [Muon(matrices, dtype=dtype, **options), torch.optim.AdamW(rest, **adam)]
+        optimizers = [Muon(groups, dtype=dtype, **options), torch.optim.AdamW(rest, **adam)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
