@@ -28,7 +28,7 @@ class TrainConfig:
     muon_lr: float = 0.02
     momentum: float = 0.9  # Muon's: the share of the past in its mean of gradients
     adam_lr: float = 2e-3
-    beta2: float = 0.95  # AdamW's, in its mean of squared gradients
+    beta2: float = 0.99  # AdamW's, in its mean of squared gradients
     warmup_steps: int = 30
     final_lr: float = 0.05  # the share of the peak rate at the end of the schedule; 1.0: constant
     grad_clip: float = 1.0  # the largest norm of the gradient; 0: no clipping
@@ -102,13 +102,7 @@ PRESETS = {
             about="GPT-2 small, 124M parameters, learns Tiny Shakespeare",
             model=GPTConfig(window=48),
             train=TrainConfig(
-                batch_size=16,
-                epochs=9.45,
-                fixed_every=5,
-                muon_lr=0.024,
-                adam_lr=3e-3,
-                beta2=0.99,
-                share_unseen=True,
+                batch_size=16, epochs=9.45, fixed_every=5, muon_lr=0.024, adam_lr=3e-3, share_unseen=True
             ),
             text="tinyshakespeare",
         ),

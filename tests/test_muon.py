@@ -39,6 +39,26 @@ def test_muon_is_torchs_muon(shapes):
             e.data.copy_(b.data)
 
 
+def test_muon_takes_the_parts_of_a_matrix_apart():
+    """Queries, keys and values lie in one matrix: each must get the update that it would get alone."""
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.nn.Parameter(torch.randn(36, 12, generator=generator))
+    alone = [torch.nn.Parameter(part.detach().clone()) for part in stored.chunk(3)]
+    options = {"lr": 0.05, "weight_decay": 0.0, "dtype": torch.float32}
+    together = Muon([{"params": [stored], "parts": 3}], **options)
+    apart = Muon(alone, **options)
+    for _ in range(3):
+        stored.grad = (
+            torch.randn(36, 12, generator=generator)
+            * torch.tensor([1.0, 10.0, 100.0]).repeat_interleave(12)[:, None]
+        )
+        for p, grad in zip(alone, stored.grad.chunk(3), strict=True):
+            p.grad = grad.clone()
+        together.step()
+        apart.step()
+    torch.testing.assert_close(stored, torch.cat(alone), rtol=0, atol=1e-6)
+
+
 def test_muon_leaves_out_what_has_no_gradient():
     """A layer that took no part must not be moved, nor stop the others."""
     a, b = (torch.nn.Parameter(torch.eye(6)) for _ in range(2))

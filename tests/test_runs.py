@@ -315,14 +315,15 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, what):
     assert named[what] in one_line(error)
 
 
-def test_a_setting_younger_than_the_checkpoint(tmp_path, whole):
-    """A new setting at its default changes nothing: hours of training must not be refused for it."""
+def test_a_setting_younger_than_the_checkpoint(tmp_path):
+    """Muon's momentum was fixed at another value before it was a setting."""
     path = tmp_path / "a.pt"
     run(stop_after=7, checkpoint=path)
     state = load_checkpoint(path)
-    del state["fingerprint"]["fixed_every"]
+    del state["fingerprint"]["momentum"]
     save_checkpoint(path, state)
-    assert_same_run(run(checkpoint=path), whole)
+    with pytest.raises(CheckpointError, match=r"momentum None, not 0\.9: restart"):
+        run(checkpoint=path)
 
 
 # --- a run that does not get there --------------------------------------------------------------------

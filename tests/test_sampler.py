@@ -10,7 +10,7 @@ import torch
 
 from shakespeare_gpt.data import Text
 from shakespeare_gpt.model import GPT, GPTConfig
-from shakespeare_gpt.notebook.sampler import sampler
+from shakespeare_gpt.notebook.sampler import Sampler
 from shakespeare_gpt.tokenizer import encode
 
 PLAY = (
@@ -42,7 +42,7 @@ class Parrot(GPT):
 
 
 def sampler_of(model, string=PLAY, prompt="Ennor:\n", tokens=20):
-    box = sampler(model, Text("play", string, torch.tensor(encode(string))))
+    box = Sampler(model, Text("play", string, torch.tensor(encode(string))))
     box.prompt.value, box.settings["max_new_tokens"].value = prompt, tokens
     return box
 

@@ -100,8 +100,3 @@ class Sampler(w.VBox):
         self.status.value = escape(writer.error) or f"{state}: {numbers}"
         if done:
             self.stop.disabled, self.pulse.playing = True, False
-
-
-def sampler(model: GPT, text: Text, draft: NgramDraft | None = None) -> Sampler:
-    """A ``Sampler``: the last line of a cell shows it."""
-    return Sampler(model, text, draft)

@@ -178,8 +178,7 @@ def _contents(state, ids, config, identity, meta, last: Step | None) -> dict[str
 def _load_run(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The checkpoint of the run with this fingerprint. Raises CheckpointError for any other."""
     saved = load_checkpoint(path)
-    # A setting that is younger than the checkpoint had what is now its default.
-    theirs = {**asdict(TrainConfig()), **saved.get("fingerprint", {})}
+    theirs = saved.get("fingerprint", {})
     differs = [f"{k} {theirs.get(k)}, not {v}" for k, v in identity.items() if theirs.get(k) != v]
     if differs:
         known = "fingerprint" in saved

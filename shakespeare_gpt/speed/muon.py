@@ -1,6 +1,6 @@
 """Muon for all matrices of one shape at once.
 
-torch's own Muon treats the 48 matrices of GPT-2 one after the other and always in bf16, which is slow where
+torch's own Muon treats the matrices of GPT-2 one after the other and always in bf16, which is slow where
 the processor only emulates it (a T4, a CPU without bf16 instructions). The update is the same: a test
 compares the two. The method: https://kellerjordan.github.io/posts/muon/
 """
@@ -89,12 +89,8 @@ def make_optimizers(model: nn.Module, config, precision: str) -> list[torch.opti
     """
     matrices = [p for n, p in model.named_parameters() if n.startswith("h.") and p.dim() == 2]
     rest = [p for n, p in model.named_parameters() if not (n.startswith("h.") and p.dim() == 2)]
-    adam = {
-        "lr": config.adam_lr,
-        "betas": (0.9, config.beta2),
-        "weight_decay": 0.0,
-        "fused": model.device.type in ("cpu", "cuda"),
-    }
+    fused = model.device.type in ("cpu", "cuda")
+    adam = {"lr": config.adam_lr, "betas": (0.9, config.beta2), "weight_decay": 0.0, "fused": fused}
     if config.optimizer == "adamw":
         optimizers = [torch.optim.AdamW(matrices + rest, **adam)]
     else:
