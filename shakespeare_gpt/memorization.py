@@ -54,13 +54,15 @@ def score(model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, 
         _, x, y, mask = windows(ids, model.config.n_positions)
     first, parts = part
     x, y, mask = x[first::parts], y[first::parts], mask[first::parts]
-    size, rows = max(1, BATCH_TOKENS // x.shape[1]), []
+    labels, size, end = y.flatten().to(model.device), max(1, BATCH_TOKENS // x.shape[1]), 0
+    # Into memory taken beforehand: small results kept between large logits break up a CPU's memory.
+    losses, right = torch.empty(y.shape), torch.empty(y.shape, dtype=torch.bool)
     with autocast(model.device, precision):
-        for tokens, labels in zip(x.split(size), y.split(size), strict=True):
-            hidden = model.hidden(tokens.to(model.device)).flatten(0, 1).split(CHUNK_ROWS)
-            labels = labels.flatten().to(model.device).split(CHUNK_ROWS)
-            rows += [_score_rows(model.head(h), t) for h, t in zip(hidden, labels, strict=True)]
-    losses, right = (torch.cat(part).view(y.shape) for part in zip(*rows, strict=True))
+        for tokens in x.split(size):
+            for hidden in model.hidden(tokens.to(model.device)).flatten(0, 1).split(CHUNK_ROWS):
+                rows = slice(end, end + len(hidden))
+                end = rows.stop
+                losses.view(-1)[rows], right.view(-1)[rows] = _score_rows(model.head(hidden), labels[rows])
     return Scores(losses[mask], right[mask])
 
 
@@ -71,7 +73,7 @@ def _score_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     best, first = logits.max(1)
     # In place: a CPU takes as long to get 206 MB of new memory as to fill them.
     losses = logits.sub_(best[:, None]).exp_().sum(1).log() + best - label
-    return losses.cpu(), (first == labels).cpu()
+    return losses, first == labels
 
 
 @dataclass(frozen=True)
