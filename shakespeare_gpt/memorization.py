@@ -47,11 +47,7 @@ def score(model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, 
     ids = torch.as_tensor(ids, dtype=torch.int64).cpu()
     if len(ids) < 2:
         raise ValueError("a text must have at least 2 tokens: the first is not predicted")
-    if len(ids) <= model.config.n_positions:
-        x, y = ids[None, :-1], ids[None, 1:]
-        mask = torch.ones_like(y, dtype=torch.bool)
-    else:
-        _, x, y, mask = windows(ids, model.config.n_positions)
+    _, x, y, mask = windows(ids, min(model.config.n_positions, len(ids) - 1))
     first, parts = part
     x, y, mask = x[first::parts], y[first::parts], mask[first::parts]
     labels, size, end = y.flatten().to(model.device), max(1, BATCH_TOKENS // x.shape[1]), 0
