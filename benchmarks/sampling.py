@@ -23,7 +23,6 @@ from shakespeare_gpt.memorization import exact_recall
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import get_preset
 from shakespeare_gpt.publish.space import learnt_text
-from shakespeare_gpt.runs.report import first_difference
 from shakespeare_gpt.runs.weights import load_model, to_openai
 from shakespeare_gpt.sample import CachedReader, GenerationStats, generate, window_start
 from shakespeare_gpt.speed.devices import best_precision, device_name
@@ -144,10 +143,11 @@ def compare_greedy(model: GPT, prompts: list[list[int]], draft: NgramDraft, coun
     options = {"max_new_tokens": count, "temperature": 0}
     for prompt in prompts:
         plain = list(generate(model, prompt, **options))
-        at = first_difference(plain, list(generate(model, prompt, **options, draft=draft)))
-        if at is None:
+        drafted = list(generate(model, prompt, **options, draft=draft))
+        if drafted == plain:
             same += 1
             continue
+        at = next(i for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b)
         with torch.inference_mode():
             ids = torch.tensor([prompt + plain[:at]])
             best = CachedReader(model).read(ids)[0, -1].float().topk(2).values

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from shakespeare_gpt import ShakespeareGPTError
+from shakespeare_gpt import ShakespeareGPTError, UsageError
 from shakespeare_gpt.memorization import Scores
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
@@ -28,10 +28,8 @@ from shakespeare_gpt.runs.run import start
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.sample import stream_text
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
-from shakespeare_gpt.speed.processes import connected
+from shakespeare_gpt.speed.processes import connected, rank
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -53,11 +51,13 @@ def run(arguments: list[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # into a file or pipe Windows would write in its own code page
         sys.stdout.reconfigure(encoding="utf-8")
     try:
-        return options.command(options, options.parser.error)
+        return options.command(options)
     except BrokenPipeError:  # `| head` has seen enough; Python's last flush must not complain
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 1
+    except UsageError as error:
+        options.parser.error(str(error))
     except (ShakespeareGPTError, OSError, torch.OutOfMemoryError) as error:
         print(f"error: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
         return 1
@@ -81,40 +81,31 @@ def _parser() -> argparse.ArgumentParser:
                 one.add_argument(name, action="store_true", help=what)
                 continue
             what += f" (default: {default})" if default else ""
-            options = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            if not name.startswith("-"):
-                options["nargs"] = "?"
-            one.add_argument(name, default=default, help=what, **options)
+            optional = {} if name.startswith("-") else {"nargs": "?"}
+            one.add_argument(name, type=kind, default=default, help=what, **optional)
     return parser
 
 
-def train(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
+def train(options: argparse.Namespace) -> int:
     """Train a GPT-2 on a text until it knows it by heart.
 
     Ctrl-C at any time: the same command goes on from there.
     """
-    try:
-        preset = get_preset(options.preset)
-        given = {f.name: getattr(options, f.name, None) for f in fields(TrainConfig)}
-        config = replace(preset.train, **{k: v for k, v in given.items() if v is not None})
-        device = default_device(options.device)
-    except ValueError as error:
-        wrong_usage(str(error))
+    preset, device = get_preset(options.preset), default_device(options.device)
+    given = {f.name: getattr(options, f.name, None) for f in fields(TrainConfig)}
+    config = replace(preset.train, **{k: v for k, v in given.items() if v is not None})
     keep_freed_memory()
-    with connected() as processes:
-        say = print if processes.rank == 0 else (lambda *a, **k: None)
+    with connected():
+        say = print if rank() == 0 else (lambda *a, **k: None)
         text = preset.load_text(options.text)
         path = Path(options.checkpoint or preset.checkpoint_path(text, config.seed))
         model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
         sizes = f"{model.num_parameters():,} parameters learn {len(text.ids):,} tokens"
         say(f"{preset.name} on {text.name}: {sizes}")
-        name, reason = best_precision(device)
-        if config.precision != "auto":
-            name, reason = config.precision, "it was asked for"
+        name, reason = best_precision(device, config.precision)
         say(f"device: {device_name(device)}; {name}, because {reason}")
         files = {"checkpoint": path, "log": options.log, "restart": options.restart}
-        steps = start(preset, text, model, config=config, device=device, processes=processes, **files)
-        last = run_to_end(steps, _progress(say), processes)
+        last = run_to_end(start(preset, text, model, config=config, device=device, **files), _progress(say))
         say(end_line(last) + (", in a run that has ended before" if last.state is None else ""))
         say(f"Saved checkpoint to {path}" if last.state is not None else "--restart starts over")
     return 0
@@ -135,7 +126,7 @@ def _progress(say: Callable) -> Callable:
     return show
 
 
-def generate(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
+def generate(options: argparse.Namespace) -> int:
     """Let a trained model continue a prompt.
 
     Example: shakespeare-gpt generate "JULIET:\\n" --temperature 0
@@ -144,10 +135,7 @@ def generate(options: argparse.Namespace, wrong_usage: Callable[[str], None]) ->
     parameters = {name: getattr(options, name) for name in names}
     prompt = options.prompt.replace("\\n", "\n")
     model, meta = load_model(options.weights or newest_checkpoint(), vocab_size=VOCAB_SIZE)
-    try:
-        pieces = stream_text(model, prompt, **parameters)
-    except ValueError as error:
-        wrong_usage(str(error))
+    pieces = stream_text(model, prompt, **parameters)
     known = {k: meta.get(k) for k in ("preset", "text_name", "steps", "loss")} | parameters
     about = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in known.items() if v is not None}
     print("#", " ".join(f"{k}={v}" for k, v in about.items()), file=sys.stderr, flush=True)
@@ -158,16 +146,12 @@ def generate(options: argparse.Namespace, wrong_usage: Callable[[str], None]) ->
     return 0
 
 
-def recite(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
+def recite(options: argparse.Namespace) -> int:
     """Measure, in full precision, how well weights know their text by heart.
 
     The exit code is 0 if the whole text is under the target, else 1.
     """
-    try:
-        device = default_device(options.device)
-    except ValueError as error:
-        wrong_usage(str(error))
-    weights = options.weights or newest_checkpoint()
+    device, weights = default_device(options.device), options.weights or newest_checkpoint()
     model, meta = load_model(weights, device, vocab_size=VOCAB_SIZE)
     text = learnt_text(meta, options.text)
     sizes = f"{model.num_parameters():,} parameters, {text.name}, {len(text.ids):,} tokens"
@@ -180,29 +164,27 @@ def recite(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> i
     return 0 if known else 1
 
 
-def export(options: argparse.Namespace, wrong_usage: Callable[[str], None]) -> int:
+def export(options: argparse.Namespace) -> int:
     """Hand a trained model on: as safetensors, to transformers, as a Hugging Face Space.
 
     Example: shakespeare-gpt export --stage build/space
     """
     if not (options.safetensors or options.transformers or options.stage):
-        wrong_usage("say what to make: --safetensors, --transformers or --stage")
+        raise UsageError("say what to make: --safetensors, --transformers or --stage")
     weights = Path(options.weights or newest_checkpoint())
     if options.safetensors or options.transformers:
         model, meta = load_model(weights)
         if options.safetensors:
-            dtype = DTYPES[options.dtype or "fp32"]
-            path = save_safetensors(model, options.safetensors, meta, dtype)
+            path = save_safetensors(model, options.safetensors, meta)
             print(f"{path}  {size_text(path.stat().st_size)}")
         if options.transformers:
             export_transformers(model, options.transformers, meta)
             print(listing(list_folder(options.transformers)))
         del model
     if options.stage:
-        folder, dtype = options.stage, DTYPES[options.dtype or "bf16"]
-        files = stage_space(folder, weights, options.text, dtype=dtype)
-        print(f"The Space in {folder}, from {weights}:\n{listing(files)}")
-        print(f"Try it: python {(folder / 'app.py').as_posix()}")
+        files = stage_space(options.stage, weights, options.text)
+        print(f"The Space in {options.stage}, from {weights}:\n{listing(files)}")
+        print(f"Try it: python {(options.stage / 'app.py').as_posix()}")
     return 0
 
 
@@ -244,6 +226,5 @@ COMMANDS = {
         ("--safetensors", Path, None, "write the weights to this file"),
         ("--transformers", Path, None, "write a folder that transformers opens"),
         ("--stage", Path, None, "put the complete Space into this folder"),
-        ("--dtype", tuple(DTYPES), None, "of the weights; without it fp32, for the Space bf16"),
     ),
 }

@@ -1,7 +1,7 @@
 """The text: read or downloaded, turned into token ids, cut into windows, and the order of the windows.
 
-``load_text`` knows two names, ``input`` (the play in this repository) and ``tinyshakespeare`` (downloaded
-once, checked, kept in a cache), and takes any path to a text file of your own.
+``load_text`` knows three names, ``input`` (the play in this repository), ``page`` (its beginning, for tests)
+and ``tinyshakespeare`` (downloaded once, checked, kept in a cache), and takes a text file of your own.
 """
 
 import hashlib
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from shakespeare_gpt import ShakespeareGPTError
-from shakespeare_gpt.tokenizer import decode, encode
+from shakespeare_gpt.tokenizer import encode
 
+OURS = ("input", "page", "tinyshakespeare")
 PACKAGE = Path(__file__).resolve().parent
 # In a clone input.txt and space/ lie beside the package, after an installation inside it.
 SHIPPED = PACKAGE if (PACKAGE / "input.txt").is_file() else PACKAGE.parent
@@ -48,26 +49,22 @@ class Text:
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
 
 
-def load_text(
-    source: str | os.PathLike = "input", *, context: int = 256, max_tokens: int | None = None
-) -> Text:
-    """Read a text: ``"input"``, ``"tinyshakespeare"`` or the path of a UTF-8 file.
+def load_text(source: str | os.PathLike = "input", *, context: int = 256) -> Text:
+    """Read a text: one of ``OURS`` by its name, or the path of a UTF-8 file.
 
-    ``max_tokens`` keeps the beginning: whole lines, or whole characters where the first line is longer.
     Raises TextError for a file that is missing, empty, not UTF-8, or shorter than ``context`` + 1 tokens.
     """
-    known = {"input": lambda: SHIPPED / "input.txt", "tinyshakespeare": tiny_shakespeare}
-    path = known[source]() if source in known else Path(source).expanduser()
+    if source in OURS:
+        path = tiny_shakespeare() if source == "tinyshakespeare" else SHIPPED / "input.txt"
+    else:
+        path = Path(source).expanduser()
     text = _read(path)
+    if source == "page":
+        text = "".join(text.splitlines(keepends=True)[:66])
     ids = encode(text)
-    if max_tokens is not None and len(ids) > max_tokens:
-        text = decode(ids[:max_tokens]).rstrip("\ufffd")  # half a character at the cut
-        text = text[: text.rfind("\n") + 1] or text
-        ids = encode(text)
     if len(ids) < context + 1:
         raise TextError(f"{path.name} has only {len(ids)} tokens, not {context + 1}: give a page or more.")
-    name = source if source in known else path.stem
-    return Text(name, text, torch.tensor(ids, dtype=torch.int64))
+    return Text(source if source in OURS else path.stem, text, torch.tensor(ids, dtype=torch.int64))
 
 
 def _read(path: Path) -> str:
@@ -80,9 +77,6 @@ def _read(path: Path) -> str:
         raise TextError(f"{path} is not UTF-8 (byte {error.start}): save it again as UTF-8.") from None
     if not text.strip():
         raise TextError(f"{path} is empty: put the text to learn into it.")
-    # The tokenizer's pattern fails at about a million, in the middle of tiktoken's Rust.
-    if max(map(len, re.findall(r"\s+", text)), default=0) > 100_000:
-        raise TextError(f"{path} holds more than 100,000 blanks in a row: remove them.")
     return text
 
 

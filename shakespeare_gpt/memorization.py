@@ -29,12 +29,9 @@ class Scores:
     def loss(self) -> float:
         return self.losses.double().mean().item()
 
-    @property
-    def accuracy(self) -> float:
-        return self.right.double().mean().item()
-
     def __str__(self) -> str:
-        return f"{self.loss:.6f} nats per token, {self.accuracy:.2%} of the tokens are the first guess"
+        share = self.right.double().mean().item()
+        return f"{self.loss:.6f} nats per token, {share:.2%} of the tokens are the first guess"
 
 
 @torch.inference_mode()
@@ -58,18 +55,13 @@ def score(model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, 
             for hidden in model.hidden(tokens.to(model.device)).flatten(0, 1).split(CHUNK_ROWS):
                 rows = slice(end, end + len(hidden))
                 end = rows.stop
-                losses.view(-1)[rows], right.view(-1)[rows] = _score_rows(model.head(hidden), labels[rows])
+                logits = model.head(hidden).float()
+                label = logits.gather(1, labels[rows, None])[:, 0]
+                best, first = logits.max(1)
+                right.view(-1)[rows] = first == labels[rows]
+                # In place: a CPU takes as long to get 206 MB of new memory as to fill them.
+                losses.view(-1)[rows] = logits.sub_(best[:, None]).exp_().sum(1).log() + best - label
     return Scores(losses[mask], right[mask])
-
-
-def _score_rows(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (r, V), labels (r,) -> losses (r,), hits (r,)."""
-    logits = logits.float()
-    label = logits.gather(1, labels[:, None])[:, 0]
-    best, first = logits.max(1)
-    # In place: a CPU takes as long to get 206 MB of new memory as to fill them.
-    losses = logits.sub_(best[:, None]).exp_().sum(1).log() + best - label
-    return losses, first == labels
 
 
 @dataclass(frozen=True)
@@ -120,10 +112,7 @@ def exact_recall(
     ids = torch.as_tensor(ids, dtype=torch.int64)
     possible = len(ids) - prompt_tokens - continuation + 1
     if possible < 1 or min(prompt_tokens, continuation, places) < 1:
-        raise ValueError(
-            f"prompt_tokens, continuation and places must be at least 1, and a text of {len(ids)} tokens "
-            f"long enough for {prompt_tokens} and {continuation} tokens"
-        )
+        raise ValueError(f"prompt, continuation and places must be at least 1, and fit in {len(ids)} tokens")
     if starts is None:
         order = torch.randperm(possible, generator=torch.Generator().manual_seed(seed))
         starts = order[:places].sort().values

@@ -46,7 +46,8 @@ class GPTConfig:
 class KVCache:
     """The keys and values of the tokens already read, so that each new token costs one position.
 
-    Two buffers of fixed size, (n_layer, B, nh, positions, hs); ``length`` says how much is filled.
+    Two buffers of fixed size, (n_layer, B, nh, positions, hs); ``length`` says how much is filled. A smaller
+    ``length`` forgets the last tokens.
     ``positions`` is the whole context unless fewer will do.
     """
 
@@ -57,12 +58,6 @@ class KVCache:
         shape = (config.n_layer, batch_size, config.n_head, positions, hs)
         self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
         self.length = 0
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot keep {length} tokens of {self.length}")
-        self.length = length
 
 
 class CausalSelfAttention(nn.Module):
@@ -77,10 +72,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor, int] | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C). ``past``: this layer's key and value buffers and how full they are."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)
-        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
-        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         mask = None
         if past is not None:
             keys, values, length = past

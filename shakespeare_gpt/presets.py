@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from shakespeare_gpt import UsageError
 from shakespeare_gpt.data import Text, load_text
 from shakespeare_gpt.model import GPTConfig
 
@@ -48,12 +49,12 @@ class TrainConfig:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+                raise UsageError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
         for name in ("batch_size", "epochs", "fixed_every", "max_epochs", "muon_lr", "adam_lr", "target"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+                raise UsageError(f"{name} must be above 0 and finite, not {getattr(self, name)}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed}")
+            raise UsageError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,11 @@ class Preset:
     model: GPTConfig
     train: TrainConfig
     text: str = "input"
-    max_tokens: int | None = None
 
     def load_text(self, source: str | os.PathLike | None = None) -> Text:
         """The text that ``source`` or SHAKESPEARE_GPT_TEXT names, else the preset's. Raises TextError."""
-        chosen = source or os.environ.get(TEXT_VARIABLE) or self.text
-        limit = self.max_tokens if chosen == self.text else None
-        return load_text(chosen, context=self.model.n_positions, max_tokens=limit)
+        source = source or os.environ.get(TEXT_VARIABLE) or self.text
+        return load_text(source, context=self.model.n_positions)
 
     def checkpoint_path(self, text: Text, seed: int = 0) -> Path:
         """Where the run on a text is saved: another text, an edited one or another seed has another file."""
@@ -89,7 +88,7 @@ PRESETS = {
             train=TrainConfig(
                 batch_size=4, epochs=40, min_steps=60, max_epochs=400, warmup_steps=5, adam_lr=1e-2
             ),
-            max_tokens=570,
+            text="page",
         ),
         Preset(
             name="mini",
@@ -132,9 +131,9 @@ PRESETS = {
 def get_preset(name: str | None = None) -> Preset:
     """A preset by name; without one SHAKESPEARE_GPT_PRESET, else ``gpt2`` on a GPU and ``mini`` on a CPU.
 
-    Raises ValueError for a name that does not exist, and lists those that do.
+    Raises UsageError for a name that does not exist, and lists those that do.
     """
     name = name or os.environ.get(PRESET_VARIABLE) or ("gpt2" if torch.cuda.is_available() else "mini")
     if name not in PRESETS:
-        raise ValueError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
+        raise UsageError(f"There is no preset {name!r}: choose one of {', '.join(PRESETS)}.")
     return PRESETS[name]

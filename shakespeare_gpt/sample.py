@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shakespeare_gpt import UsageError
 from shakespeare_gpt.model import GPT, KVCache
 from shakespeare_gpt.speed.ngram_draft import DraftLength, NgramDraft
 from shakespeare_gpt.tokenizer import END_OF_TEXT, StreamDecoder, encode
@@ -18,13 +19,13 @@ GREEDY_BELOW = 1e-8  # at a lower temperature the best token has all the probabi
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError, in one line, for sampling parameters out of range."""
+    """Raise UsageError, in one line, for sampling parameters out of range."""
     if not 0.0 <= temperature < float("inf"):  # also refuses NaN
-        raise ValueError(f"temperature must be 0 or more, not {temperature}")
+        raise UsageError(f"temperature must be 0 or more, not {temperature}")
     if not 0 <= top_k < float("inf") or top_k != int(top_k):
-        raise ValueError(f"top_k must be a whole number, 0 (off) or more, not {top_k}")
+        raise UsageError(f"top_k must be a whole number, 0 (off) or more, not {top_k}")
     if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+        raise UsageError(f"top_p must be above 0 and at most 1, not {top_p}")
 
 
 def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
@@ -117,8 +118,7 @@ class CachedReader:
         start = window_start(total, self.model.config.sampling_window)
         if start > self._start:
             ids = torch.cat([self._tokens[:, :filled], ids], 1)[:, start - self._start :]
-            self._cache.truncate(0)
-            filled = 0
+            self._cache.length = filled = 0
         self._tokens[:, filled : filled + ids.shape[1]] = ids
         hidden = self.model.hidden(ids, self._cache)
         self.length, self._start = total, start
@@ -126,7 +126,7 @@ class CachedReader:
 
     def undo(self, tokens: int) -> None:
         """Forget the last ``tokens`` of those read last."""
-        self._cache.truncate(self._cache.length - tokens)
+        self._cache.length -= tokens
         self.length -= tokens
 
 
@@ -170,9 +170,9 @@ def generate(
     """
     check_sampling(temperature, top_k, top_p)
     if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+        raise UsageError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     if seed is not None and (not 0 <= seed < 2**63 or seed != int(seed)):
-        raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed}")
+        raise UsageError(f"seed must be a whole number from 0 to 2**63 - 1, not {seed}")
     last = model.config.vocab_size - 1
     prompt = [int(token) for token in prompt_ids] or [min(NEWLINE, last)]
     if not 0 <= min(prompt) <= max(prompt) <= last:

@@ -29,13 +29,8 @@ def get_encoding() -> tiktoken.Encoding:
     """The ``gpt2`` encoding: 50,256 byte sequences by rank and ``<|endoftext|>``."""
     lines = VOCAB_FILE.read_bytes().splitlines()  # each line: the bytes in base64, a space, the rank
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-    return tiktoken.Encoding(
-        name="gpt2",
-        pat_str=WORD_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": END_OF_TEXT},
-        explicit_n_vocab=VOCAB_SIZE,
-    )
+    special = {"<|endoftext|>": END_OF_TEXT}
+    return tiktoken.Encoding("gpt2", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(text: str) -> list[int]:

@@ -23,7 +23,7 @@ from shakespeare_gpt.presets import TrainConfig
 from shakespeare_gpt.speed.cuda_graph import CUDAGraphs
 from shakespeare_gpt.speed.devices import autocast, best_precision, default_device
 from shakespeare_gpt.speed.muon import make_optimizers
-from shakespeare_gpt.speed.processes import OneProcess
+from shakespeare_gpt.speed.processes import averaged, rank, total, world_size
 from shakespeare_gpt.speed.shared_unseen import share_unseen
 
 
@@ -85,7 +85,8 @@ class Step:
 class Plan:
     """How a text is read: which windows make a batch, and how many steps there are."""
 
-    def __init__(self, tokens: int, model: GPTConfig, config: TrainConfig, world: int = 1):
+    def __init__(self, tokens: int, model: GPTConfig, config: TrainConfig):
+        world = world_size()
         if config.batch_size % world:
             raise TrainingError(f"Choose a batch size that {world} processes share, not {config.batch_size}.")
         self.config, self.world = config, world
@@ -123,7 +124,6 @@ def train(
     config: TrainConfig,
     *,
     device: Any = None,
-    processes: OneProcess | None = None,
     state: TrainState | None = None,
     before_update: Callable[[TrainState], None] | None = None,
 ) -> Iterator[Step]:
@@ -131,18 +131,16 @@ def train(
 
     ``state`` is that of an interrupted run of the same model: the numbers go on as if nothing had happened.
     ``before_update`` is called when a step's loss has shown that the present weights are good: the moment to
-    save them. ``processes`` shares the work among several. Raises TrainingError when the loss is no longer a
-    number or explodes, and TargetNotReached when ``max_epochs`` did not suffice.
+    save them. Raises TrainingError when the loss is no longer a number or explodes, and TargetNotReached when
+    ``max_epochs`` did not suffice.
     """
     began = time.perf_counter()
-    device = torch.device(device) if device is not None else default_device()
-    processes = processes or OneProcess()
-    plan = Plan(len(ids), model.config, config, processes.world)
-    model = model.to(device)
+    plan = Plan(len(ids), model.config, config)
+    model = model.to(default_device(device))
     state = state or new_state(model, ids, config, config.precision)
-    history, scaler, ids = state.history, state.scaler, ids.to(device)
-    offsets = torch.arange(model.config.n_positions + 1, device=device)
-    gradients = _gradients(state, processes)
+    history, scaler, ids = state.history, state.scaler, ids.to(model.device)
+    offsets = torch.arange(model.config.n_positions + 1, device=model.device)
+    gradients = _gradients(state)
     seconds: deque[float] = deque(maxlen=10)  # of the last steps
     while True:
         if state.step >= plan.max_steps:
@@ -152,11 +150,11 @@ def train(
             )
         # The batch: this process's share of windows of the text, (B, T + 1) tokens.
         starts, length = plan.batch(state.step)
-        starts = starts[processes.rank :: processes.world, None].to(device)
+        starts = starts[rank() :: world_size(), None].to(model.device)
         tokens = ids[(starts + offsets[: length + 1]) % len(ids)]
 
         # Loss and gradients; a gradient longer than grad_clip is shortened to it.
-        loss = processes.sum(gradients(tokens) / processes.world)
+        loss = total(gradients(tokens) / world_size())
         for optimizer in state.optimizers:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(state.learner.parameters(), config.grad_clip or math.inf)
@@ -178,13 +176,13 @@ def train(
         # The record, and the whole text's loss where it is due.
         state.step += 1
         history.losses.append(loss)
-        history.tokens += tokens[:, 1:].numel() * processes.world
+        history.tokens += tokens[:, 1:].numel() * world_size()
         if history.first_batch is None and loss < config.target:
             history.first_batch = state.step
         seconds.append(time.perf_counter() - began)
         text_loss = None
         if plan.evaluates_at(state.step, history):
-            text_loss = _evaluate_near_target(state, ids, config, processes)
+            text_loss = _evaluate_near_target(state, ids, config)
             history.text.append((state.step, text_loss))
         done = text_loss is not None and (text_loss < config.target or config.stop_on == "batch")
         per_step = sum(seconds) / len(seconds)
@@ -220,20 +218,19 @@ def learning_rate(step: int, total: int, config: TrainConfig) -> float:
     return config.final_lr + (1.0 - config.final_lr) * left
 
 
-def evaluate(model: GPT, ids: Tensor, precision: str = "fp32", processes: OneProcess | None = None) -> float:
+def evaluate(model: GPT, ids: Tensor, precision: str = "fp32") -> float:
     """The mean loss in nats over every token of the text ids (n,) but the first."""
-    processes = processes or OneProcess()
-    scores = score(model, ids, precision=precision, part=(processes.rank, processes.world))
-    return processes.sum(scores.losses.double().sum().to(model.device)).item() / (len(ids) - 1)
+    scores = score(model, ids, precision=precision, part=(rank(), world_size()))
+    return total(scores.losses.double().sum()).item() / (len(ids) - 1)
 
 
-def _evaluate_near_target(state, ids: Tensor, config: TrainConfig, processes: OneProcess) -> float:
+def _evaluate_near_target(state, ids: Tensor, config: TrainConfig) -> float:
     """The whole text's mean, in the precision of the training, and where that is close in fp32.
 
     bf16 moves the mean of a whole text by a thousandth of its value (124M), at a third of the time.
     """
     for precision in dict.fromkeys((state.precision, "fp32")):
-        value = evaluate(state.model, ids, precision, processes)
+        value = evaluate(state.model, ids, precision)
         if abs(value / config.target - 1) > 0.02:
             break
     return value
@@ -241,17 +238,16 @@ def _evaluate_near_target(state, ids: Tensor, config: TrainConfig, processes: On
 
 def new_state(model: GPT, ids: Tensor, config: TrainConfig, precision: str = "auto") -> TrainState:
     """The state before the first step. "auto" is what suits the device of ``model``."""
-    if precision == "auto":
-        precision = best_precision(model.device)[0]
+    precision = best_precision(model.device, precision)[0]
     scaler = torch.amp.GradScaler(model.device.type, enabled=precision == "fp16")
     learner = share_unseen(model, ids) if config.share_unseen else model
     return TrainState(model, learner, make_optimizers(learner, config, precision), scaler, precision)
 
 
-def _gradients(state: TrainState, processes: OneProcess) -> Callable[[Tensor], Tensor]:
+def _gradients(state: TrainState) -> Callable[[Tensor], Tensor]:
     """A function of tokens (B, T + 1): forward and backward, fills the gradients, returns the loss."""
     learner, device = state.learner, state.model.device
-    forward = processes.wrap(learner)
+    forward = averaged(learner)
 
     def gradients(tokens: Tensor) -> Tensor:
         learner.zero_grad(set_to_none=True)
@@ -260,7 +256,7 @@ def _gradients(state: TrainState, processes: OneProcess) -> Callable[[Tensor], T
         state.scaler.scale(loss).backward()
         return loss.detach()
 
-    if device.type == "cuda" and processes.world == 1:
+    if device.type == "cuda" and world_size() == 1:
         return CUDAGraphs(gradients, list(learner.parameters()))
     return gradients
 

@@ -20,7 +20,6 @@ import torch
 from shakespeare_gpt.data import TINY_SHAKESPEARE_SHA256, Text, TextError, load_text
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.publish.quotations import QuotationIndex
-from shakespeare_gpt.runs.report import first_difference
 from shakespeare_gpt.runs.weights import load_model
 from shakespeare_gpt.sample import GenerationStats, generate, stream_text
 from shakespeare_gpt.speed.ngram_draft import NgramDraft
@@ -73,7 +72,8 @@ class Recitation:
     @property
     def first_difference(self) -> int | None:
         """The index of the first token that differs, None as long as all agree."""
-        return first_difference(self.original[: len(self.recited)], self.recited)
+        pairs = enumerate(zip(self.original, self.recited, strict=False))
+        return next((i for i, (theirs, ours) in pairs if theirs != ours), None)
 
     @property
     def matching(self) -> int:

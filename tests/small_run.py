@@ -4,6 +4,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.presets import TrainConfig
@@ -45,6 +46,24 @@ def run(config=RECIPE, ids=IDS, *, stop_after=None, model=None, checkpoint=None,
             if step.step == stop_after:
                 break
     return model, step
+
+
+def play_process(monkeypatch, rank: int, world: int, others=None) -> None:
+    """This process becomes one of several; what the others would add to a sum is left out.
+
+    ``others`` turns what this one gives into what all of them give.
+    """
+
+    def gather(values, value):
+        values[:] = others(value)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "all_reduce", lambda value: None)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    wrapped = "shakespeare_gpt.speed.processes.DistributedDataParallel"
+    monkeypatch.setattr(wrapped, lambda model, device_ids: model)
 
 
 def assert_same_run(first: tuple[GPT, Step], second: tuple[GPT, Step]) -> None:

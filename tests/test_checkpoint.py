@@ -83,7 +83,7 @@ def test_a_file_is_replaced_only_when_it_is_complete(tmp_path):
     with pytest.raises(ZeroDivisionError), replacing(path) as part:
         part.write_bytes(b"half of the sec")
         raise ZeroDivisionError
-    with pytest.raises(FileNotFoundError), replacing(path):
+    with pytest.raises(CheckpointError, match="could not be written"), replacing(path):
         pass
     assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
 

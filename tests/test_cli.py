@@ -14,9 +14,8 @@ import torch
 from conftest import REPOSITORY
 
 from shakespeare_gpt import cli
-from shakespeare_gpt.memorization import score
 from shakespeare_gpt.model import GPT, GPTConfig
-from shakespeare_gpt.presets import PRESETS, TARGET, get_preset
+from shakespeare_gpt.presets import PRESETS, TARGET
 from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.sample import stream_text
@@ -83,7 +82,6 @@ def test_help_names_commands_and_presets(capsys):
         ([*SMOKE, "--device", "nowhere"], "no device 'nowhere'"),
         (["recite", "--device", "nowhere"], "no device 'nowhere'"),
         (["export"], "say what to make"),
-        (["export", "--stage", "x", "--dtype", "int8"], "--dtype"),
         pytest.param(
             [*SMOKE[:-1], "cuda"],
             "no device 'cuda'",  # and not the CPU in its place
@@ -386,18 +384,6 @@ def test_recite_believes_the_weights_not_their_metadata(tiny, tmp_path, capsys):
     assert f"not under {TARGET}" in printed and error == ""
 
 
-def test_recite_takes_the_whole_file_of_a_preset_that_learns_its_beginning(tmp_path, monkeypatch, capsys):
-    """``recite --text input.txt`` on ``smoke`` weights said that they had learnt another text, 'input'."""
-    monkeypatch.setattr(cli, "report", lambda model, ids: [("whole text", score(model, ids))])
-    text = get_preset("smoke").load_text()
-    meta = {"preset": "smoke", "text_name": "input", "text_sha256": text.sha256}
-    path = save_safetensors(GPT(PRESETS["smoke"].model), tmp_path / "a.safetensors", meta)
-    for source in ([], ["--text", str(REPOSITORY / "input.txt")], ["--text", "input"]):
-        assert cli.run(["recite", "--weights", str(path), "--device", "cpu", *source]) == 1
-        printed, error = capsys.readouterr()
-        assert f"input, {len(text.ids)} tokens" in printed and "not under" in printed and error == ""
-
-
 @pytest.mark.parametrize("content", ["Out, brief candle!", "Out, out", "O\n"])
 def test_recite_of_a_text_too_short_to_ask_about(tmp_path, capsys, content):
     """Shorter than a prompt and its continuation, a text still has a loss."""
@@ -449,10 +435,10 @@ def test_export_of_the_newest_weights(tiny, tmp_path, capsys):
 def test_export_of_weights_for_others(tiny, tmp_path, capsys):
     """Both at once, each listed with its size."""
     arguments = ["export", "--weights", str(tiny.checkpoint), "--safetensors", "w.safetensors"]
-    assert cli.run([*arguments, "--transformers", "hf", "--dtype", "bf16"]) == 0
+    assert cli.run([*arguments, "--transformers", "hf"]) == 0
     model, meta = load_model(tmp_path / "w.safetensors")
     assert meta["text_name"] == "tiny"
-    assert torch.equal(model.wte.weight, tiny.model.wte.weight.bfloat16().float())
+    assert torch.equal(model.wte.weight, tiny.model.wte.weight)
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
     said = capsys.readouterr().out
     assert "w.safetensors  " in said and "tokenizer.json" in said

@@ -43,7 +43,7 @@ def test_precision_follows_the_compute_capability(monkeypatch, capability, expec
     """A T4 says that it supports bf16, and merely emulates it: many times slower than fp16."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     precision, reason = best_precision(torch.device("cuda", 0))
-    assert precision == expected and reason.startswith("compute capability ")
+    assert precision == expected and reason.startswith("this GPU has compute capability ")
 
 
 def test_precision_of_other_devices():

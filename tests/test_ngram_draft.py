@@ -2,7 +2,6 @@
 
 from itertools import pairwise
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,12 +32,6 @@ def test_a_draft_proposes_what_follows_the_longest_match(text, context, length):
     """Guards against matches that wrap round the start of the text, and shorter ones that win."""
     expected = slow_proposal(text, context, length) if length else []
     assert NgramDraft(text).propose(context, length) == expected
-
-
-def test_a_draft_takes_one_row_of_tokens():
-    """Guards against a batch of windows taken for a text."""
-    with pytest.raises(ValueError, match="one row of token ids"):
-        NgramDraft([[1, 2], [3, 4]])
 
 
 def test_drafts_grow_while_they_are_accepted_and_shrink_to_what_was():

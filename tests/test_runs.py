@@ -14,18 +14,18 @@ from functools import partial
 import pytest
 import torch
 from conftest import REPOSITORY
-from small_run import CONFIG, IDS, RECIPE, assert_same_run, changed, new_model, one_line, run
+from small_run import CONFIG, IDS, RECIPE, assert_same_run, changed, new_model, one_line, play_process, run
 
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import TARGET, get_preset
 from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from shakespeare_gpt.runs.interrupt import interruptible, run_to_end
-from shakespeare_gpt.runs.log import logged, read_log
+from shakespeare_gpt.runs.interrupt import run_to_end
+from shakespeare_gpt.runs.log import logged
 from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.runs.run import resumable, start
 from shakespeare_gpt.runs.weights import load_model
-from shakespeare_gpt.speed.processes import OneProcess
 from shakespeare_gpt.train import TargetNotReached, TrainingError, evaluate, train
+from tools.loss_curve import read_log
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_smoke_learns_the_first_lines_by_heart(smoke):
     assert evaluate(model, text.ids) == pytest.approx(meta["loss"], rel=0.02)
     assert steps[-1].done and steps[-1].progress == 1.0
     assert not any(step.done for step in steps[:-1])
-    assert meta["preset"] == "smoke" and meta["text_name"] == "input"
+    assert meta["preset"] == "smoke" and meta["text_name"] == "page"
     assert meta["text_sha256"] == text.sha256
     assert meta["steps"] == len(steps) == steps[-1].step
     assert meta["tokens"] == len(steps) * 4 * 32
@@ -135,7 +135,7 @@ def test_interrupted_equals_uninterrupted(tmp_path, whole, stops):
     path = tmp_path / "a.pt"
     for stop in [whole[1].step - 1] if stops == "last but one" else stops:
         _, step = run(stop_after=stop, checkpoint=path)
-        assert step.step == stop and load_checkpoint(path)["step"] == stop
+        assert step.step == stop and load_checkpoint(path)["meta"]["steps"] == stop
     assert_same_run(run(checkpoint=path), whole)
 
 
@@ -171,7 +171,7 @@ def test_killed_between_two_saves(tmp_path, whole):
                 copy.write_bytes(path.read_bytes())
                 break
     # Weights are saved when the next step has proved them.
-    assert load_checkpoint(copy)["step"] == 19
+    assert load_checkpoint(copy)["meta"]["steps"] == 19
     assert_same_run(run(checkpoint=copy), whole)
 
 
@@ -206,10 +206,11 @@ def test_resuming_keeps_the_precision(tmp_path, monkeypatch):
     config, path = changed(precision="auto", target=3.0), tmp_path / "a.pt"
 
     def measured(precision):
+        def best_precision(device, asked):
+            return (precision if asked == "auto" else asked), "so it was measured"
+
         for module in ("runs.run", "train"):
-            monkeypatch.setattr(
-                f"shakespeare_gpt.{module}.best_precision", lambda device: (precision, "so it was measured")
-            )
+            monkeypatch.setattr(f"shakespeare_gpt.{module}.best_precision", best_precision)
 
     measured("bf16")
     expected = run(config)
@@ -247,7 +248,7 @@ def test_an_update_cut_in_half_is_not_saved(tmp_path, whole, monkeypatch, save_e
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint=path, save_every=save_every)
-    assert (load_checkpoint(path)["step"] if path.exists() else None) == saved
+    assert (load_checkpoint(path)["meta"]["steps"] if path.exists() else None) == saved
     assert_same_run(run(checkpoint=path), whole)
 
 
@@ -260,7 +261,7 @@ def test_a_consumer_that_fails_loses_nothing(tmp_path, whole):
 
     with pytest.raises(ZeroDivisionError):
         run_to_end(resumable(new_model(), IDS, RECIPE, path, device="cpu"), draw)
-    assert load_checkpoint(path)["step"] == 9
+    assert load_checkpoint(path)["meta"]["steps"] == 9
     assert_same_run(run(checkpoint=path), whole)
 
 
@@ -336,7 +337,7 @@ def test_gives_up_and_can_go_on(tmp_path):
     with pytest.raises(TargetNotReached, match="max_epochs"):
         run(short, checkpoint=path)
     state = load_checkpoint(path)
-    assert state["step"] == 15 and not state["finished"]  # 19 windows in batches of 4
+    assert state["meta"]["steps"] == 15 and not state["meta"]["finished"]  # 19 windows in batches of 4
     with pytest.raises(TargetNotReached, match="19 steps"):
         run(replace(short, max_epochs=4), checkpoint=path)
     assert load_checkpoint(path)["history"]["losses"][:15] == state["history"]["losses"]
@@ -349,7 +350,7 @@ def test_a_run_that_gave_up_is_not_trained_further(tmp_path):
         with pytest.raises(TargetNotReached, match="15 steps") as error:
             run(config, checkpoint=path)
         state = load_checkpoint(path)
-        assert (state["step"], len(state["history"]["losses"])) == (15, 15)
+        assert (state["meta"]["steps"], len(state["history"]["losses"])) == (15, 15)
     assert f"last batch {state['history']['losses'][-1]:.4f}" in one_line(error)
 
 
@@ -468,7 +469,7 @@ def test_a_signal_waits_for_the_step_in_hand(tmp_path, whole, number):
     with pytest.raises(KeyboardInterrupt, match=r"^Interrupted\. Run it again, without restart, to go on\.$"):
         run_to_end(resumable(new_model(), IDS, RECIPE, path, device="cpu"), show)
     assert handlers() == before
-    assert load_checkpoint(path)["step"] == 5
+    assert load_checkpoint(path)["meta"]["steps"] == 5
     model = new_model()
     step = run_to_end(resumable(model, IDS, RECIPE, path, device="cpu"), lambda step: None)
     assert_same_run((model, step), whole)
@@ -476,13 +477,17 @@ def test_a_signal_waits_for_the_step_in_hand(tmp_path, whole, number):
 
 def test_a_second_signal_acts_at_once():
     """A step may take a minute: whoever presses twice does not want to wait for it."""
-    before = handlers()
-    with pytest.raises(KeyboardInterrupt), interruptible() as interrupted:
-        assert not interrupted()
+    before, seen = handlers(), []
+
+    def show(step):
         signal.raise_signal(signal.SIGINT)
-        assert interrupted()
+        seen.append(step)
         signal.raise_signal(signal.SIGINT)
-    assert handlers() == before
+        pytest.fail("the second signal waited")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(train(new_model(), IDS, RECIPE, device="cpu"), show)
+    assert len(seen) == 1 and handlers() == before
 
 
 def test_a_run_in_another_thread_ends_too():
@@ -503,45 +508,30 @@ def test_a_run_in_another_thread_ends_too():
 # --- more than one process --------------------------------------------------------------------------
 
 
-class Second(OneProcess):
-    """The second of two processes; ``others`` turns its own view into that of the first."""
-
-    def __init__(self, others):
-        self.rank, self.world, self.others = 1, 2, others
-
-    def gather(self, value):
-        return [self.others(value), value]
-
-
-def test_processes_must_train_the_same(tmp_path):
+def test_processes_must_train_the_same(tmp_path, monkeypatch):
     """A text downloaded here and not there: weights that drift apart."""
-    second = Second(lambda view: ({**view[0], "text": "another"}, view[1]))
+    play_process(monkeypatch, 1, 2, lambda view: [({**view[0], "text": "another"}, view[1]), view])
     with pytest.raises(TrainingError, match="same settings and text") as error:
-        next(resumable(new_model(), IDS, RECIPE, tmp_path / "a.pt", device="cpu", processes=second))
+        next(resumable(new_model(), IDS, RECIPE, tmp_path / "a.pt", device="cpu"))
     one_line(error)
 
 
 def test_the_first_process_chooses_the_precision(tmp_path, monkeypatch):
     """bf16 found fast here and not there: each would round in its own way."""
-    monkeypatch.setattr("shakespeare_gpt.runs.run.best_precision", lambda device: ("fp32", "it is busy"))
-    second, config = Second(lambda view: (view[0], "bf16")), changed(precision="auto")
-    with closing(
-        resumable(new_model(), IDS, config, tmp_path / "a.pt", device="cpu", processes=second)
-    ) as steps:
+    monkeypatch.setattr("shakespeare_gpt.runs.run.best_precision", lambda *_: ("fp32", "it is busy"))
+    play_process(monkeypatch, 1, 2, lambda view: [(view[0], "bf16"), view])
+    config = changed(precision="auto")
+    with closing(resumable(new_model(), IDS, config, tmp_path / "a.pt", device="cpu")) as steps:
         assert next(steps).state.precision == "bf16"
     assert not list(tmp_path.iterdir())  # only the first one saves
 
 
-def test_all_processes_stop_as_one():
+def test_all_processes_stop_as_one(monkeypatch):
     """Ctrl-C reaches them at different moments: one that stops alone leaves the others waiting for ever."""
     seen = []
-
-    class First(OneProcess):
-        def gather(self, value):
-            return [value, len(seen) == 5]  # the second process had the signal
-
+    play_process(monkeypatch, 0, 2, lambda value: [value, len(seen) == 5])  # the second one had the signal
     with pytest.raises(KeyboardInterrupt):
-        run_to_end(train(new_model(), IDS, RECIPE, device="cpu"), seen.append, First())
+        run_to_end(train(new_model(), IDS, RECIPE, device="cpu"), seen.append)
     assert [step.step for step in seen] == [1, 2, 3, 4, 5]
 
 

@@ -38,7 +38,6 @@ def test_a_copy_says_nearly_the_same(kind, most, tiny):
     assert loss.item() == pytest.approx(expected.item(), abs=0.02 if kind == "bf16" else 1e-3)
     assert reason == f"Weights in {kind}: as asked."
     assert not copy.training
-    assert copy.num_parameters() == tiny.model.num_parameters()
     assert copy.config == tiny.model.config
     assert copy.device == tiny.model.device
     assert all(torch.equal(before[name], p) for name, p in tiny.model.state_dict().items())

@@ -7,14 +7,24 @@ from itertools import pairwise
 
 import pytest
 import torch
-from small_run import CONFIG, EASY, IDS, RECIPE, assert_same_run, changed, new_model, one_line, run
+from small_run import (
+    CONFIG,
+    EASY,
+    IDS,
+    RECIPE,
+    assert_same_run,
+    changed,
+    new_model,
+    one_line,
+    play_process,
+    run,
+)
 from torch.nn import functional as F
 
 from shakespeare_gpt.data import WindowOrder
 from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
 from shakespeare_gpt.runs.log import end_line
 from shakespeare_gpt.speed import devices
-from shakespeare_gpt.speed.processes import OneProcess
 from shakespeare_gpt.train import (
     History,
     Plan,
@@ -59,7 +69,7 @@ def test_full_precision_decides_near_the_target(monkeypatch, in_bf16, in_fp32, r
     """The training's precision is off by a thousandth: no run ends, or goes on, because of it."""
     measured, values = [], {"bf16": in_bf16, "fp32": in_fp32}
 
-    def measure(model, ids, precision="fp32", processes=None):
+    def measure(model, ids, precision="fp32"):
         measured.append(precision)
         return values[precision]
 
@@ -203,7 +213,10 @@ def test_random_numbers_of_others_do_not_matter():
 @pytest.mark.parametrize("asked, dtype", [("fp32", torch.float32), ("auto", torch.bfloat16)])
 def test_fp32_holds_for_muon_too(monkeypatch, asked, dtype):
     """On a CPU with bf16 two processes differed from one: each rounded the updates in its own way."""
-    monkeypatch.setattr("shakespeare_gpt.train.best_precision", lambda device: ("bf16", "it is fast"))
+    monkeypatch.setattr(
+        "shakespeare_gpt.train.best_precision",
+        lambda _, asked: ("bf16" if asked == "auto" else asked, "it is fast"),
+    )
     config = changed(precision=asked)
     muon = new_state(new_model(), IDS, config, config.precision).optimizers[0]
     assert muon.param_groups[0]["dtype"] == dtype
@@ -327,45 +340,44 @@ def test_evaluate_is_the_mean_over_every_token(n):
 # --- several processes, as far as one can play them ---------------------------------------------------
 
 
-class OneOf(OneProcess):
-    """One of several processes; what the others would add is left out."""
-
-    def __init__(self, rank: int, world: int):
-        self.rank, self.world = rank, world
-
-
 @pytest.mark.parametrize("n", [17, 33, 160, 300])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_parts_of_an_evaluation_add_up(n, world):
+def test_the_parts_of_an_evaluation_add_up(n, world, monkeypatch):
     """A window that two processes measure, or none, and each process believes another mean."""
-    model = new_model(seed=4)
-    parts = [evaluate(model, IDS[:n], processes=OneOf(rank, world)) for rank in range(world)]
-    assert sum(parts) == pytest.approx(evaluate(model, IDS[:n]), rel=1e-6)
+    model, parts = new_model(seed=4), 0
+    whole = evaluate(model, IDS[:n])
+    for rank in range(world):
+        play_process(monkeypatch, rank, world)
+        parts += evaluate(model, IDS[:n])
+    assert parts == pytest.approx(whole, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["moving", "fixed"])
-def test_the_shares_of_a_batch_are_the_batch(kind):
+def test_the_shares_of_a_batch_are_the_batch(kind, monkeypatch):
     """Shares that overlap: two GPUs learn the same windows and call it twice the speed."""
     losses, config = [], changed(windows=kind)
     for rank, world in ((0, 1), (0, 2), (1, 2)):
-        with closing(train(new_model(), IDS, config, device="cpu", processes=OneOf(rank, world))) as steps:
+        play_process(monkeypatch, rank, world)
+        with closing(train(new_model(), IDS, config, device="cpu")) as steps:
             losses.append(next(steps).loss)  # divided by the number of processes: a share of the mean
     assert losses[1] + losses[2] == pytest.approx(losses[0], abs=1e-5)
     assert losses[1] != losses[2]
 
 
-def test_batch_that_cannot_be_shared():
+def test_batch_that_cannot_be_shared(monkeypatch):
     """Three processes and a batch of four: a remainder dropped silently changes the recipe."""
+    play_process(monkeypatch, 0, 3)
     with pytest.raises(TrainingError, match="3 processes") as error:
-        next(train(new_model(), IDS, RECIPE, device="cpu", processes=OneOf(0, 3)))
+        next(train(new_model(), IDS, RECIPE, device="cpu"))
     one_line(error)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_every_step_has_work_for_every_process(world):
+def test_every_step_has_work_for_every_process(world, monkeypatch):
     """A share of no windows: its mean is NaN, and all processes stop."""
+    play_process(monkeypatch, 0, world)
     for window in (0, 3, 5, 16):
-        plan = Plan(300, replace(CONFIG, window=window), RECIPE, world)
+        plan = Plan(300, replace(CONFIG, window=window), RECIPE)
         for step in range(8):
             starts, length = plan.batch(step)
             assert len(starts) % world == 0 and len(starts) >= world

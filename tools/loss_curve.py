@@ -15,13 +15,20 @@ import matplotlib.pyplot as plt
 
 from shakespeare_gpt.notebook import plots
 from shakespeare_gpt.presets import TARGET
-from shakespeare_gpt.runs.log import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = (  # log, label, colour
     ("baseline", "AdamW at a constant rate: until one batch is under the target", plots.GREY),
     ("train", "this recipe, its whole windows: until the whole text is under it", plots.BLUE),
 )
+
+
+def read_log(path: Path) -> tuple[dict[str, str], list[int], list[float]]:
+    """A log's head, and the steps and batch losses of its lines."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+    rows = [line.split(" | ") for line in lines if line[:1].isdigit()]
+    return head, [int(row[0]) for row in rows], [float(row[1]) for row in rows]
 
 
 def facts(path: Path) -> tuple[list[int], list[float], float, list[tuple[int, float]], int | None]:

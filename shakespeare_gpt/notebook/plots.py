@@ -1,18 +1,15 @@
 """The pictures that the notebooks share: one look for all, and the live plot of a run."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython import get_ipython
 from IPython.display import DisplayHandle
 
 from shakespeare_gpt.runs.interrupt import run_to_end
-from shakespeare_gpt.runs.log import end_line, progress_line
+from shakespeare_gpt.runs.log import end_line
 from shakespeare_gpt.train import Step
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2b5c8a", "#d97b29", "#3c8d5a", "#b5383a", "#8a8a8a"
@@ -41,8 +38,8 @@ def save(fig: plt.Figure, name: str) -> None:
 def watch(steps: Iterator[Step], every: float = 3.0) -> Step:
     """Run a training generator to its end with a live plot; returns the last step.
 
-    In a notebook the picture is drawn anew every ``every`` seconds; the last one stays in the saved file.
-    Elsewhere a line is printed instead. The notebook's stop button waits for the step in hand.
+    The picture is drawn anew every ``every`` seconds; the last one stays in the saved notebook. The stop
+    button waits for the step in hand.
     """
     due, picture = 0.0, DisplayHandle()
 
@@ -50,12 +47,9 @@ def watch(steps: Iterator[Step], every: float = 3.0) -> Step:
         nonlocal due
         if time.monotonic() < due and not step.done:
             return
-        if get_ipython() is None:
-            print(progress_line(step), flush=True)
-        else:
-            fig = loss_figure(step)
-            (picture.update if due else picture.display)(fig)
-            plt.close(fig)
+        fig = loss_figure(step)
+        (picture.update if due else picture.display)(fig)
+        plt.close(fig)
         due = time.monotonic() + every
 
     step = run_to_end(steps, show)

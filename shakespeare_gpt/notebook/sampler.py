@@ -5,8 +5,6 @@ A kernel that is busy with a callback hears nothing else, so Generate only start
 times a second how far the text has come, until it is complete.
 """
 
-from __future__ import annotations
-
 import random
 from html import escape
 from threading import Thread

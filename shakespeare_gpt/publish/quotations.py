@@ -5,8 +5,6 @@ names, punctuation and line ends between those words must agree too, but do not 
 chance, 0.14 % of the second half of Tiny Shakespeare is "quoted" so from its first half, 1.2 % with four.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 from itertools import pairwise

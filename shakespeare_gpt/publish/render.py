@@ -1,7 +1,5 @@
 """A generated text as HTML, its quotations marked: one renderer for the notebook and for the Space."""
 
-from __future__ import annotations
-
 from html import escape
 
 from shakespeare_gpt.publish.quotations import QuotationIndex, speaker_names

@@ -1,7 +1,5 @@
 """A Hugging Face Space in a folder: the page, this package, the weights, and the text that they learnt."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Collection
 from os import PathLike, environ
@@ -11,8 +9,8 @@ from typing import Any
 import torch
 
 from shakespeare_gpt import ShakespeareGPTError
-from shakespeare_gpt.data import PACKAGE, SHIPPED, Text, load_text
-from shakespeare_gpt.presets import PRESETS, TEXT_VARIABLE
+from shakespeare_gpt.data import OURS, PACKAGE, SHIPPED, Text, load_text
+from shakespeare_gpt.presets import TEXT_VARIABLE
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
 
@@ -61,27 +59,22 @@ def learnt_text(meta: dict[str, Any], source: Text | str | PathLike | None = Non
     name, sha256 = str(meta.get("text_name", "input")), meta.get("text_sha256")
     remedy = f"it is called {name!r}; name its file, or set {TEXT_VARIABLE} to it."
     source = source or environ.get(TEXT_VARIABLE)
-    if not source and name not in ("input", "tinyshakespeare"):
+    if not source and name not in OURS:
         raise ExportError(f"The weights learnt a text that does not come with this project: {remedy}")
-    # ``smoke`` learns only the beginning of a text, whichever way that was named: the SHA-256 tells.
-    for cut in (None, PRESETS["smoke"].max_tokens):
-        text = source if isinstance(source, Text) else load_text(source or name, context=1, max_tokens=cut)
-        if sha256 in (None, text.sha256):
-            return text
-    raise ExportError(f"The weights learnt another text than {text.name} (SHA-256): {remedy}")
+    text = source if isinstance(source, Text) else load_text(source or name, context=1)
+    if sha256 not in (None, text.sha256):
+        raise ExportError(f"The weights learnt another text than {text.name} (SHA-256): {remedy}")
+    return text
 
 
 def stage_space(
-    folder: str | PathLike,
-    checkpoint: str | PathLike,
-    text: Text | str | PathLike | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    folder: str | PathLike, checkpoint: str | PathLike, text: Text | str | PathLike | None = None
 ) -> dict[str, int]:
     """Put a complete Space into ``folder``: ``python app.py`` there needs nothing else of this repository.
 
-    checkpoint: a ``.pt`` or ``.safetensors`` file; text: see ``learnt_text``. bf16 halves the download, and
-    what was memorized survives it (notebook 6 measures that). Returns the files, as ``list_folder`` does.
-    Raises ExportError, CheckpointError and TextError.
+    checkpoint: a ``.pt`` or ``.safetensors`` file; text: see ``learnt_text``. The weights are in bf16, which
+    halves the download; what was memorized survives it (notebook 6 measures that). Returns the files, as
+    ``list_folder`` does. Raises ExportError, CheckpointError and TextError.
     """
     folder = Path(folder)
     sources = {name: SHIPPED / "space" / name for name in SPACE_FILES}
@@ -95,5 +88,5 @@ def stage_space(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     (folder / "text.txt").write_bytes(text.text.encode("utf-8"))
-    save_safetensors(model, folder / "model.safetensors", meta, dtype)
+    save_safetensors(model, folder / "model.safetensors", meta, torch.bfloat16)
     return list_folder(folder)

@@ -1,7 +1,5 @@
 """A folder that Hugging Face's ``transformers`` opens: our weights, and GPT-2's tokenizer in its format."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from shakespeare_gpt import ShakespeareGPTError
 
-FORMAT = "shakespeare-gpt-2"
+FORMAT = "shakespeare-gpt-3"
 
 
 class CheckpointError(ShakespeareGPTError):
@@ -36,19 +37,25 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` for a file that takes its place once it is complete.
 
     A crash, a kill or a full disk leaves the old file as it was. Each writer has a name of its own, so that
-    two at once never mix. What a kill left behind is removed when it is an hour old.
+    two at once never mix. What a kill left behind is removed when it is an hour old. Raises CheckpointError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > 3600:
-                old.unlink()
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for old in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            with contextlib.suppress(OSError):
+                if time.time() - old.stat().st_mtime > 3600:
+                    old.unlink()
         yield part
         with open(part, "r+b") as file:  # Windows writes through only what is open for writing
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError for a full disk
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} could not be written ({reason}): free some disk space, or save elsewhere. "
+            "An earlier file of that name is untouched."
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -57,15 +64,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def save_checkpoint(path: str | os.PathLike, state: dict[str, Any]) -> Path:
     """Write a dict of tensors and plain values to ``path``, atomically. Raises CheckpointError."""
     path = named(path, ".pt")
-    try:
-        with replacing(path) as part, open(part, "wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-    except (OSError, RuntimeError) as error:  # torch's zip writer says RuntimeError for a full disk
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(
-            f"The checkpoint {path} could not be written ({reason}): free some disk space, or save "
-            "elsewhere. An earlier checkpoint of that name is untouched."
-        ) from None
+    with replacing(path) as part, open(part, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
     return path
 
 

@@ -59,7 +59,8 @@ def logged(
 def _write(file, step: Step, checkpoint: Path, ids: Tensor) -> None:
     history = step.history
     if step.step % 10 == 0 or step.done:
-        file.write(log_line(step) + "\n")
+        numbers = f"{step.loss:.6f} | {step.best:.6f} | {step.lr:.3e} | {step.tokens_per_second:.0f}"
+        file.write(f"{step.step} | {numbers}\n")
     if step.step == history.first_batch:
         file.write(f"# step {step.step}: the first batch under the target ({step.loss:.6f})\n")
     if step.text_loss is not None:
@@ -68,11 +69,6 @@ def _write(file, step: Step, checkpoint: Path, ids: Tensor) -> None:
         file.write(f"# {history.tokens} tokens, {history.seconds:.1f} s\n")
         file.write(f"{end_line(step)}\nSaved checkpoint to {checkpoint.as_posix()}\n")
         file.writelines(f"# {what}: {result}\n" for what, result in report(step.state.model, ids))
-
-
-def log_line(step: Step) -> str:
-    """A step as one line of the log: losses in nats, the rate, tokens a second."""
-    return f"{step.step} | {step.loss:.6f} | {step.best:.6f} | {step.lr:.3e} | {step.tokens_per_second:.0f}"
 
 
 def end_line(step: Step) -> str:
@@ -93,14 +89,13 @@ def progress_line(step: Step) -> str:
 
 def log_head(preset: str, text: Text, config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """What a reader needs to trace a log: the code, the text, the settings, the machine."""
-    precision = best_precision(device)[0] if config.precision == "auto" else config.precision
     return {
         "preset": preset,
         "text": f"{text.name}, SHA-256 {text.sha256}",
         "commit": commit(),
         "settings": " ".join(f"{k}={v}" for k, v in asdict(config).items()),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "device": f"{device_name(device)}, {precision}",
+        "device": f"{device_name(device)}, {best_precision(device, config.precision)[0]}",
     }
 
 
@@ -115,11 +110,3 @@ def commit() -> str:
         return name + ("+" if changed.strip() else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def read_log(path: str | os.PathLike) -> tuple[dict[str, str], list[int], list[float]]:
-    """A log's head, and the steps and batch losses of its lines."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    head = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
-    rows = [line.split(" | ") for line in lines if line[:1].isdigit()]
-    return head, [int(row[0]) for row in rows], [float(row[1]) for row in rows]

@@ -1,7 +1,6 @@
 """What a model knows of its text: the measurements at the end of a run, and of ``recite``."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -39,9 +38,3 @@ def report(model: GPT, ids: Tensor, places: int = 200) -> Iterator[tuple[str, Sc
             yield (f"from lines' starts ({several} of these prompts stand in the text several times)", recall)
     if n >= 1000:
         yield "a long passage", exact_recall(model, ids, continuation=200, places=places)
-
-
-def first_difference(a: Sequence, b: Sequence) -> int | None:
-    """Where two sequences (texts, token ids) first differ, or the shorter ends; None if they are equal."""
-    pairs = enumerate(itertools.zip_longest(a, b))
-    return next((i for i, (x, y) in pairs if x != y), None)

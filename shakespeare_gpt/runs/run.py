@@ -16,7 +16,7 @@ from shakespeare_gpt.presets import Preset, TrainConfig
 from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, named, save_checkpoint
 from shakespeare_gpt.runs.log import log_head, logged
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name
-from shakespeare_gpt.speed.processes import OneProcess
+from shakespeare_gpt.speed.processes import gather, rank
 from shakespeare_gpt.train import History, Step, TargetNotReached, TrainingError, TrainState, new_state, train
 
 
@@ -29,7 +29,6 @@ def start(
     checkpoint: str | os.PathLike | None = None,
     log: str | os.PathLike | None = None,
     device: Any = None,
-    processes: OneProcess | None = None,
     restart: bool = False,
 ) -> Iterator[Step]:
     """A preset's run on a text, as a generator of its steps: saved in the usual place, the log beside it.
@@ -38,13 +37,12 @@ def start(
     otherwise, is trained in place; ``config``, ``checkpoint`` and ``log`` replace the preset's.
     """
     config = config or preset.train
-    device = torch.device(device) if device is not None else default_device()
+    device = default_device(device)
     model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
     meta = {"preset": preset.name, "text_name": text.name, "text_sha256": text.sha256}
     path = named(checkpoint or preset.checkpoint_path(text, config.seed), ".pt")
-    options = {"meta": meta, "device": device, "processes": processes, "restart": restart}
-    steps = resumable(model, text.ids, config, path, **options)
-    if processes is not None and processes.rank != 0:
+    steps = resumable(model, text.ids, config, path, meta=meta, device=device, restart=restart)
+    if rank() != 0:
         return steps
     head = log_head(preset.name, text, config, device)
     return logged(steps, Path(log or path.with_suffix(".log")), head, path, text.ids)
@@ -58,7 +56,6 @@ def resumable(
     *,
     meta: dict[str, Any] | None = None,
     device: Any = None,
-    processes: OneProcess | None = None,
     save_every: float = 300.0,
     restart: bool = False,
 ) -> Iterator[Step]:
@@ -70,27 +67,31 @@ def resumable(
 
     Raises what ``train`` raises, and CheckpointError for a checkpoint of another run.
     """
-    path, processes = Path(checkpoint), processes or OneProcess()
-    device = torch.device(device) if device is not None else default_device()
-    identity = fingerprint(model, ids, config)
-    precision = best_precision(device)[0] if config.precision == "auto" else config.precision
+    path, device, identity = Path(checkpoint), default_device(device), fingerprint(model, ids, config)
+    precision = best_precision(device, config.precision)[0]
     # Each process measures its CPU and reads the text for itself: what differs would pull the weights apart.
-    views = processes.gather((identity, precision))
+    views = gather((identity, precision))
     if any(theirs != identity for theirs, _ in views):
         raise TrainingError("The processes do not train the same: give each the same settings and text.")
     saved = None if restart or not path.exists() else _load_run(path, identity)
-    if saved is not None and saved["finished"]:
+    if saved is not None and saved["meta"]["finished"]:
         model.load_state_dict(saved["model"])
         yield Step(**saved["last"], history=History(**saved["history"]), state=None)
         return
-    state = new_state(model.to(device), ids, config, saved["precision"] if saved else views[0][1])
+    state = new_state(model.to(device), ids, config, saved["meta"]["precision"] if saved else views[0][1])
     if saved is not None:
-        restore(state, saved)
+        state.model.load_state_dict(saved["model"])
+        if state.learner is not state.model:
+            state.learner.read()
+        for optimizer, theirs in zip(state.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(theirs)
+        state.scaler.load_state_dict(saved["scaler"])
+        state.step, state.history = saved["meta"]["steps"], History(**saved["history"])
     last_save, saved_step = time.monotonic(), state.step
 
     def save(last: Step | None = None) -> None:
         nonlocal last_save, saved_step
-        if processes.rank == 0 and (last is not None or state.step > saved_step):
+        if rank() == 0 and (last is not None or state.step > saved_step):
             save_checkpoint(path, _contents(state, ids, config, identity, meta or {}, last))
         last_save, saved_step = time.monotonic(), state.step
 
@@ -98,18 +99,12 @@ def resumable(
         if time.monotonic() - last_save > save_every:
             save()
 
-    options = {"device": device, "processes": processes, "state": state, "before_update": save_if_due}
     try:
-        for step in train(model, ids, config, **options):
+        for step in train(model, ids, config, device=device, state=state, before_update=save_if_due):
             if step.done:
                 save(step)
-            try:
-                yield step
-            except GeneratorExit:  # between two steps, so the state is whole
-                if not step.done:
-                    save()
-                raise
-    except TargetNotReached:
+            yield step
+    except (GeneratorExit, TargetNotReached):  # both come between two steps, so the state is whole
         save()
         raise
     except TrainingError as error:
@@ -123,17 +118,6 @@ def fingerprint(model: GPT, ids: Tensor, config: TrainConfig) -> dict[str, Any]:
     del settings["max_epochs"]  # a run that gave up may be given more
     checksum = int((ids.cpu() * (torch.arange(len(ids)) % 9973 + 1)).sum())
     return {**asdict(model.config), **settings, "text": f"{len(ids)} tokens, checksum {checksum}"}
-
-
-def restore(state: TrainState, saved: dict[str, Any]) -> None:
-    """Set a new state to what a checkpoint holds."""
-    state.model.load_state_dict(saved["model"])
-    if state.learner is not state.model:
-        state.learner.read()
-    for optimizer, theirs in zip(state.optimizers, saved["optimizers"], strict=True):
-        optimizer.load_state_dict(theirs)
-    state.scaler.load_state_dict(saved["scaler"])
-    state.step, state.history = saved["step"], History(**saved["history"])
 
 
 def _contents(state, ids, config, identity, meta, last: Step | None) -> dict[str, Any]:
@@ -160,19 +144,12 @@ def _contents(state, ids, config, identity, meta, last: Step | None) -> dict[str
         "config": asdict(model.config),
         "meta": {**meta, **about},
         "fingerprint": identity,
-        "finished": last is not None,
-        "precision": state.precision,
-        "step": state.step,
         "history": asdict(history),
     }
     if last is not None:
-        plain = {k: v for k, v in vars(last).items() if k not in ("history", "state")}
-        return {**contents, "last": plain}
-    return {
-        **contents,
-        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
-        "scaler": state.scaler.state_dict(),
-    }
+        return {**contents, "last": {k: v for k, v in vars(last).items() if k not in ("history", "state")}}
+    optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
+    return {**contents, "optimizers": optimizers, "scaler": state.scaler.state_dict()}
 
 
 def _load_run(path: Path, identity: dict[str, Any]) -> dict[str, Any]:

@@ -50,16 +50,9 @@ def save_safetensors(
     weights = {name: w.detach().cpu().to(dtype) for name, w in model.state_dict().items()}
     # safetensors' metadata holds strings only, so each value is JSON.
     header = {"format": "pt", "config": json.dumps(asdict(model.config)), "meta": json.dumps(meta)}
-    try:
-        with replacing(path) as part:
-            save_file(to_openai(weights), part, metadata=header)
-            part.chmod(0o644)  # readable for whoever serves it
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} could not be written ({reason}): free some disk space or name another place. "
-            "An earlier file of that name is untouched."
-        ) from None
+    with replacing(path) as part:
+        save_file(to_openai(weights), part, metadata=header)
+        part.chmod(0o644)  # readable for whoever serves it
     return path
 
 

@@ -4,18 +4,20 @@ import ctypes
 import functools
 import os
 import platform
-import time
-from contextlib import contextmanager, suppress
+import timeit
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from shakespeare_gpt import UsageError
 
-def default_device(name: str | None = None) -> torch.device:
-    """The device called ``name``; without one a CUDA GPU where there is one, else the CPU.
 
-    "cuda" is this process's own GPU under torchrun. Raises ValueError for a device that is not there.
+def default_device(name: str | torch.device | None = None) -> torch.device:
+    """The device ``name``; without one a CUDA GPU where there is one, else the CPU.
+
+    "cuda" is this process's own GPU under torchrun. Raises UsageError for a device that is not there.
     """
     if name in (None, "cuda") and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -23,7 +25,7 @@ def default_device(name: str | None = None) -> torch.device:
         device = torch.device(name or "cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"There is no device {name!r} here: leave the choice to us.") from None
+        raise UsageError(f"There is no device {name!r} here: leave the choice to us.") from None
     return device
 
 
@@ -41,19 +43,17 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {count} thread{'s' * (count != 1)}"
 
 
-def best_precision(device: torch.device) -> tuple[str, str]:
-    """("bf16" | "fp16" | "fp32", the reason) for the large matrix products of training on ``device``.
+def best_precision(device: torch.device, asked: str = "auto") -> tuple[str, str]:
+    """("bf16" | "fp16" | "fp32", the reason) for the large matrix products on ``device``.
 
     GPUs go by compute capability, since ``is_bf16_supported`` says yes where bf16 is merely emulated.
     """
+    if asked != "auto":
+        return asked, "it was asked for"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        capability = f"compute capability {major}.{minor}"
-        if major >= 8:
-            return "bf16", f"{capability} computes bf16 natively"
-        if major >= 7:
-            return "fp16", f"{capability} is below 8.0: fp16 with a gradient scaler"
-        return "fp32", f"{capability} has no tensor cores"
+        precision = "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
+        return precision, f"this GPU has compute capability {major}.{minor}"
     if device.type != "cpu":
         return "fp32", f"nothing faster was tried on {device.type}"
     if _bf16_is_fast_on_cpu():
@@ -65,16 +65,9 @@ def best_precision(device: torch.device) -> tuple[str, str]:
 def _bf16_is_fast_on_cpu() -> bool:
     """Measured: some CPUs have bf16 instructions, on the others bf16 is many times slower than fp32."""
     seconds = {}
-    generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
-        a = torch.randn(512, 768, generator=generator).to(dtype)
-        b = torch.randn(768, 768, generator=generator).to(dtype)
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            a @ b
-            times.append(time.perf_counter() - began)
-        seconds[dtype] = min(times)
+        a, b = torch.ones(512, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+        seconds[dtype] = min(timeit.repeat(lambda a=a, b=b: a @ b, number=1, repeat=5))
     # A clear margin: near a tie the exact one is the better choice.
     return seconds[torch.float32] > 1.5 * seconds[torch.bfloat16]
 
@@ -86,24 +79,20 @@ def autocast(device: torch.device, precision: str):
     A CPU's fused attention takes twice as long in bf16 as its three parts, two products and a softmax, so
     there the parts do it.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    if dtype is None:
+    cuda = torch.backends.cuda  # despite its place the switch for reductions acts on CPUs too
+    with ExitStack() as stack:
+        if precision != "fp32":
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+            # No cache of cast weights: each is used once a step, and a CUDA graph must not reuse old ones.
+            stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
+        if device.type == "cpu" and precision == "bf16":
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            # Without it the parts run in fp32.
+            stack.callback(
+                cuda.allow_fp16_bf16_reduction_math_sdp, cuda.fp16_bf16_reduction_math_sdp_allowed()
+            )
+            cuda.allow_fp16_bf16_reduction_math_sdp(True)
         yield
-        return
-    parts = device.type == "cpu" and precision == "bf16"
-    # Despite its place this switch acts on CPUs too: without it the parts run in fp32.
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    # No cache of cast weights: each is used once a step, and a CUDA graph must not reuse old ones.
-    with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
-        if not parts:
-            yield
-            return
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        try:
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def keep_freed_memory() -> None:

@@ -37,12 +37,8 @@ class Muon(torch.optim.Muon):
                 params, grads, buffers = map(list, zip(*matrices, strict=True))
                 torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
                 update = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov's look ahead
-                update = orthogonalize(
-                    torch.stack(update).to(group["dtype"]),
-                    group["ns_coefficients"],
-                    group["ns_steps"],
-                    group["eps"],
-                )
+                settings = group["ns_coefficients"], group["ns_steps"], group["eps"]
+                update = orthogonalize(torch.stack(update).to(group["dtype"]), *settings)
                 rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
                 torch._foreach_add_(params, list(update.to(params[0].dtype).unbind()), alpha=-rate)
 

@@ -21,10 +21,7 @@ class NgramDraft:
     MAX_MATCH = 32  # agreement beyond this makes no difference
 
     def __init__(self, ids: Tensor | Sequence[int]):
-        ids = np.asarray(ids, dtype=np.int64)
-        if ids.ndim != 1:
-            raise ValueError(f"the known text must be one row of token ids, not {ids.shape}")
-        self._ids = ids
+        self._ids = ids = np.asarray(ids, dtype=np.int64)
         pairs = (ids[:-1] << 32) | ids[1:]
         self._order = np.argsort(pairs, kind="stable")
         self._pairs = pairs[self._order]

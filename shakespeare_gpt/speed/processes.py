@@ -1,4 +1,4 @@
-"""One run in several processes, one for each GPU, as ``torchrun`` starts them."""
+"""One run in several processes, one for each GPU, as ``torchrun`` starts them. Without it there is one."""
 
 import os
 from collections.abc import Iterator
@@ -11,53 +11,48 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-class OneProcess:
-    """Training on one device."""
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
-    rank, world = 0, 1
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The module whose backward pass averages the gradients over all processes."""
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def averaged(model: nn.Module) -> nn.Module:
+    """The module whose backward pass averages the gradients over all processes."""
+    if world_size() == 1:
         return model
-
-    def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes."""
-        return value
-
-    def gather(self, value: Any) -> list[Any]:
-        """What each process gives here, in the order of their ranks."""
-        return [value]
+    device = next(model.parameters()).device
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
 
 
-class SeveralProcesses(OneProcess):
-    """This process among those of an initialized process group."""
-
-    def __init__(self):
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        device = next(model.parameters()).device
-        return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-
-    def sum(self, value: Tensor) -> Tensor:
-        value = value.clone()
+def total(value: Tensor) -> Tensor:
+    """The sum of what each process gives here."""
+    value = value.clone()
+    if world_size() > 1:
         dist.all_reduce(value)
-        return value
+    return value
 
-    def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world
+
+def gather(value: Any) -> list[Any]:
+    """What each process gives here, in the order of their ranks."""
+    values = [value] * world_size()
+    if world_size() > 1:
         dist.all_gather_object(values, value)
-        return values
+    return values
 
 
 @contextmanager
-def connected() -> Iterator[OneProcess]:
-    """The processes that ``torchrun`` has started, connected while this lasts; or this one alone."""
+def connected() -> Iterator[None]:
+    """Connect the processes that ``torchrun`` has started while this lasts."""
     if not os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"}:
-        yield OneProcess()
+        yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield SeveralProcesses()
+        yield
     finally:
         dist.destroy_process_group()

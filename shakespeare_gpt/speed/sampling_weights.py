@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shakespeare_gpt.model import GPT
+from shakespeare_gpt.speed.devices import best_precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,7 +28,7 @@ class PackedGPT(GPT):
     def __init__(self, model: GPT):
         nn.Module.__init__(self)  # GPT's own would draw new weights
         fp32 = _cast(model, torch.float32)
-        self.config, self._num_parameters = model.config, model.num_parameters()
+        self.config = model.config
         self.wte, self.wpe, self.h, self.ln_f = fp32.wte, fp32.wpe, fp32.h, fp32.ln_f
         self.output = Fp16Linear(self.wte.weight)
         for part in [part for block in self.h for part in (block.attn, block.mlp)]:
@@ -36,9 +37,6 @@ class PackedGPT(GPT):
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)
-
-    def num_parameters(self) -> int:
-        return self._num_parameters
 
 
 def _cast(model: GPT, dtype: torch.dtype) -> GPT:
@@ -49,13 +47,11 @@ def _cast(model: GPT, dtype: torch.dtype) -> GPT:
 
 def _kind_for(device: torch.device) -> tuple[str, str]:
     """The kind of weights by rule, and the reason: nothing is timed, so a restart chooses alike."""
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        kind = "bf16" if major >= 8 else "fp16" if major >= 7 else "fp32"
-        return kind, f"this GPU has compute capability {major}.{minor}"
-    if device.type == "cpu" and _has_fp16_kernel():
+    if device.type != "cpu":
+        return best_precision(device)
+    if _has_fp16_kernel():
         return "fp16", "half the bytes to read, and this CPU computes with them in fp32"
-    return "fp32", f"no smaller kind is known to be faster on this {device.type.upper()}"
+    return "fp32", "no smaller kind is known to be faster on this CPU"
 
 
 def _has_fp16_kernel() -> bool:
