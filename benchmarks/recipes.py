@@ -28,9 +28,8 @@ from shakespeare_gpt.data import Text
 from shakespeare_gpt.memorization import exact_recall, score
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import TARGET, Preset, TrainConfig, get_preset
-from shakespeare_gpt.runs.interrupt import run_to_end
 from shakespeare_gpt.runs.log import commit, progress_line
-from shakespeare_gpt.runs.run import start
+from shakespeare_gpt.runs.run import run_to_end, start
 from shakespeare_gpt.speed.devices import default_device, device_name, keep_freed_memory
 from shakespeare_gpt.train import Step, TargetNotReached, TrainingError
 

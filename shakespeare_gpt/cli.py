@@ -21,15 +21,15 @@ from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
 from shakespeare_gpt.publish.space import learnt_text, list_folder, listing, size_text, stage_space
 from shakespeare_gpt.publish.transformers_export import export_transformers
 from shakespeare_gpt.runs.checkpoint import newest_checkpoint
-from shakespeare_gpt.runs.interrupt import run_to_end
 from shakespeare_gpt.runs.log import end_line, progress_line
 from shakespeare_gpt.runs.report import report
-from shakespeare_gpt.runs.run import start
+from shakespeare_gpt.runs.run import run_to_end, start
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.sample import stream_text
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
 from shakespeare_gpt.speed.processes import connected, rank
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
+from shakespeare_gpt.train import Step
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,31 +96,32 @@ def train(options: argparse.Namespace) -> int:
     config = replace(preset.train, **{k: v for k, v in given.items() if v is not None})
     keep_freed_memory()
     with connected():
-        say = print if rank() == 0 else (lambda *a, **k: None)
+        if rank() != 0:  # the first of several processes speaks for all
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         text = preset.load_text(options.text)
         path = Path(options.checkpoint or preset.checkpoint_path(text, config.seed))
         model = GPT(preset.model, torch.Generator().manual_seed(config.seed))
         sizes = f"{model.num_parameters():,} parameters learn {len(text.ids):,} tokens"
-        say(f"{preset.name} on {text.name}: {sizes}")
+        print(f"{preset.name} on {text.name}: {sizes}")
         name, reason = best_precision(device, config.precision)
-        say(f"device: {device_name(device)}; {name}, because {reason}")
+        print(f"device: {device_name(device)}; {name}, because {reason}")
         files = {"checkpoint": path, "log": options.log, "restart": options.restart}
-        last = run_to_end(start(preset, text, model, config=config, device=device, **files), _progress(say))
-        say(end_line(last) + (", in a run that has ended before" if last.state is None else ""))
-        say(f"Saved checkpoint to {path}" if last.state is not None else "--restart starts over")
+        last = run_to_end(start(preset, text, model, config=config, device=device, **files), _show_progress())
+        print(end_line(last) + (", in a run that has ended before" if last.state is None else ""))
+        print(f"Saved checkpoint to {path}" if last.state is not None else "--restart starts over")
     return 0
 
 
-def _progress(say: Callable) -> Callable:
+def _show_progress() -> Callable[[Step], None]:
     """One line that rewrites itself on a terminal, else a line every ten seconds."""
     live, printed = sys.stdout.isatty(), 0.0
 
-    def show(step) -> None:
+    def show(step: Step) -> None:
         nonlocal printed
         if step.done or time.monotonic() - printed > (0.5 if live else 10.0):
             line = progress_line(step)
             end = "" if live and not step.done else "\n"
-            say(f"\r{line:<110}" if live else line, end=end, flush=True)
+            print(f"\r{line:<110}" if live else line, end=end, flush=True)
             printed = time.monotonic()
 
     return show

@@ -110,7 +110,6 @@ PRESETS = {
             about="the same model trained as the published run that we compare with",
             model=GPTConfig(),
             train=TrainConfig(
-                batch_size=8,
                 optimizer="adamw",
                 adam_lr=1e-4,
                 beta2=0.999,
@@ -120,7 +119,6 @@ PRESETS = {
                 windows="sequential",
                 precision="fp32",
                 stop_on="batch",
-                max_epochs=60,
             ),
             text="tinyshakespeare",
         ),

@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import DisplayHandle
 
-from shakespeare_gpt.runs.interrupt import run_to_end
 from shakespeare_gpt.runs.log import end_line
+from shakespeare_gpt.runs.run import run_to_end
 from shakespeare_gpt.train import Step
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2b5c8a", "#d97b29", "#3c8d5a", "#b5383a", "#8a8a8a"

@@ -1,6 +1,5 @@
 """The log of a run: a head that says what ran, then every tenth step, as a file that a reader can trace."""
 
-import itertools
 import os
 import platform
 import shutil
@@ -36,20 +35,16 @@ def logged(
     # Opened before the first step: a log that cannot be written must not cost a step or a checkpoint.
     with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file:
         try:
-            first = next(steps)
-            if first.state is None:  # the run had ended before, and this is no log of it
-                yield first
-                return
-            start = (
-                f"# resumed at step {first.step}" if first.step > 1 else "step | loss | best | lr | tokens/s"
-            )
-            if first.step == 1 and file.tell():
-                shutil.copyfile(path, path.with_suffix(".old.log"))
-                file.truncate(0)
-            file.writelines(f"# {key}: {value}\n" for key, value in head.items())
-            file.write(f"{start}\n")
-            for step in itertools.chain([first], steps):
-                _write(file, step, checkpoint, ids)
+            for count, step in enumerate(steps):
+                if step.state is not None:  # else the run had ended before, and this is no log of it
+                    if step.step == 1 and file.tell():
+                        shutil.copyfile(path, path.with_suffix(".old.log"))
+                        file.truncate(0)
+                    if count == 0:
+                        file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+                        start = "step | loss | best | lr | tokens/s"
+                        file.write(f"{start}\n" if step.step == 1 else f"# resumed at step {step.step}\n")
+                    _write(file, step, checkpoint, ids)
                 yield step
         except TrainingError as error:
             file.write(f"# {error}\n")

@@ -1,13 +1,17 @@
-"""A run that outlives interruptions: saved by the clock and at its end, and resumed exactly."""
+"""A run that outlives interruptions: it stops between two steps, is saved, and resumed exactly."""
 
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shakespeare_gpt.data import Text
@@ -46,6 +50,34 @@ def start(
         return steps
     head = log_head(preset.name, text, config, device)
     return logged(steps, Path(log or path.with_suffix(".log")), head, path, text.ids)
+
+
+def run_to_end(steps: Iterator[Step], show: Callable[[Step], None]) -> Step:
+    """Run a training generator to its end and return the last step; ``show`` is called with each.
+
+    Ctrl-C, a notebook's stop button and SIGTERM wait for the step in hand and then raise KeyboardInterrupt.
+    A second one acts at once, except under torchrun, which passes on each Ctrl-C that the processes have
+    already had. It reaches each of several processes at another moment, and all stop as one.
+    """
+    interrupted, previous = threading.Event(), {}
+
+    def handler(number, frame):
+        if interrupted.is_set() and not dist.is_initialized():
+            raise KeyboardInterrupt
+        interrupted.set()
+
+    if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with closing(steps):
+            for step in steps:
+                show(step)
+                if not step.done and any(gather(interrupted.is_set())):
+                    raise KeyboardInterrupt("Interrupted. Run it again, without restart, to go on.")
+        return step
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 def resumable(

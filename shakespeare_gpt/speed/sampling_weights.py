@@ -22,27 +22,20 @@ class Fp16Linear(nn.Module):
         return torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
 
 
-class PackedGPT(GPT):
-    """A GPT whose matrix products read fp16, for sampling on a CPU. It cannot be trained or saved."""
-
-    def __init__(self, model: GPT):
-        nn.Module.__init__(self)  # GPT's own would draw new weights
-        fp32 = _cast(model, torch.float32)
-        self.config = model.config
-        self.wte, self.wpe, self.h, self.ln_f = fp32.wte, fp32.wpe, fp32.h, fp32.ln_f
-        self.output = Fp16Linear(self.wte.weight)
-        for part in [part for block in self.h for part in (block.attn, block.mlp)]:
-            for name, layer in list(part.named_children()):
-                setattr(part, name, Fp16Linear(layer.weight, layer.bias))
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.output(hidden)
-
-
 def _cast(model: GPT, dtype: torch.dtype) -> GPT:
     """A copy of the model in ``dtype``; weights that are in it already share their memory."""
     parameters = {id(p): nn.Parameter(p.detach().to(dtype)) for p in model.parameters()}
     return copy.deepcopy(model, parameters).eval()
+
+
+def _packed(model: GPT) -> GPT:
+    """A copy whose matrix products read fp16, for sampling on a CPU. It cannot be trained or saved."""
+    packed = _cast(model, torch.float32)
+    for part in [part for block in packed.h for part in (block.attn, block.mlp)]:
+        for name, layer in list(part.named_children()):
+            setattr(part, name, Fp16Linear(layer.weight, layer.bias))
+    packed.__dict__["head"] = Fp16Linear(packed.wte.weight)  # in place of the method
+    return packed
 
 
 def _kind_for(device: torch.device) -> tuple[str, str]:
@@ -76,4 +69,4 @@ def for_sampling(model: GPT, kind: str = "auto") -> tuple[GPT, str]:
         return _cast(model, DTYPES[kind]), f"Weights in {kind}: {reason}."
     if not _has_fp16_kernel():
         raise ValueError("fp16 weights need a kernel that this PyTorch lacks for this CPU")
-    return PackedGPT(model).eval(), f"Weights in {kind}: {reason}."
+    return _packed(model), f"Weights in {kind}: {reason}."
