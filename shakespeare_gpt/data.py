@@ -1,7 +1,7 @@
 """The text: read or downloaded, turned into token ids, cut into windows, and the order of the windows.
 
-``load_text`` knows three names, ``input`` (the play in this repository), ``page`` (its beginning, for tests)
-and ``tinyshakespeare`` (downloaded once, checked, kept in a cache), and takes a text file of your own.
+``load_text`` knows three names, ``input`` (the play in this repository), ``input-page`` (its beginning, for
+tests) and ``tinyshakespeare`` (downloaded once, checked, kept in a cache), and takes any path to a text file.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from torch import Tensor
 from shakespeare_gpt import ShakespeareGPTError
 from shakespeare_gpt.tokenizer import encode
 
-OURS = ("input", "page", "tinyshakespeare")
+OURS = ("input", "input-page", "tinyshakespeare")
 PACKAGE = Path(__file__).resolve().parent
 # In a clone input.txt and space/ lie beside the package, after an installation inside it.
 SHIPPED = PACKAGE if (PACKAGE / "input.txt").is_file() else PACKAGE.parent
@@ -59,7 +59,7 @@ def load_text(source: str | os.PathLike = "input", *, context: int = 256) -> Tex
     else:
         path = Path(source).expanduser()
     text = _read(path)
-    if source == "page":
+    if source == "input-page":
         text = "".join(text.splitlines(keepends=True)[:66])
     ids = encode(text)
     if len(ids) < context + 1:

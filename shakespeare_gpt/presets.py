@@ -88,7 +88,7 @@ PRESETS = {
             train=TrainConfig(
                 batch_size=4, epochs=40, min_steps=60, max_epochs=400, warmup_steps=5, adam_lr=1e-2
             ),
-            text="page",
+            text="input-page",
         ),
         Preset(
             name="mini",

@@ -79,7 +79,7 @@ TINY_STEPS = 240
 def tiny(tmp_path_factory) -> Tiny:
     """The tiny model, trained once in a test run, in seconds."""
     folder = tmp_path_factory.mktemp("tiny")
-    lines = load_text("page").text.splitlines(keepends=True)
+    lines = load_text("input-page").text.splitlines(keepends=True)
     source = folder / "tiny.txt"
     source.write_bytes("".join(lines[:49]).encode("utf-8"))
     text = load_text(source, context=TINY_CONFIG.n_positions)

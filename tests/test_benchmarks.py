@@ -95,7 +95,7 @@ def test_recipes_writes_one_row_for_each_run(tmp_path, capsys):
         "smoke,muon_lr=0.5,adam_lr=0.9",
     ]
     first, exploded = rows
-    assert (first["seed"], first["muon_lr"], first["text"]) == ("3", "0.02", "page")
+    assert (first["seed"], first["muon_lr"], first["text"]) == ("3", "0.02", "input-page")
     assert 0 < float(first["whole_text"]) < 11 and int(first["tokens"]) == int(first["steps"]) * 4 * 32
     assert exploded["note"].startswith("The loss exploded") and not exploded["whole_text"]
     assert not list(tmp_path.glob("*.pt"))

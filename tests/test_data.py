@@ -95,8 +95,8 @@ def test_load_input():
 
 def test_a_page_is_the_beginning_of_the_play():
     """Cut in the middle of a word, the text and its ids would differ."""
-    text = load_text("page")
-    assert INPUT.startswith(text.text) and text.text.endswith("\n") and text.name == "page"
+    text = load_text("input-page")
+    assert INPUT.startswith(text.text) and text.text.endswith("\n") and text.name == "input-page"
     assert text.ids.tolist() == encode(text.text) and 300 < len(text.ids) < 1000
 
 

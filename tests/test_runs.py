@@ -55,7 +55,7 @@ def test_smoke_learns_the_first_lines_by_heart(smoke):
     assert evaluate(model, text.ids) == pytest.approx(meta["loss"], rel=0.02)
     assert steps[-1].done and steps[-1].progress == 1.0
     assert not any(step.done for step in steps[:-1])
-    assert meta["preset"] == "smoke" and meta["text_name"] == "page"
+    assert meta["preset"] == "smoke" and meta["text_name"] == "input-page"
     assert meta["text_sha256"] == text.sha256
     assert meta["steps"] == len(steps) == steps[-1].step
     assert meta["tokens"] == len(steps) * 4 * 32

@@ -19,7 +19,7 @@ QUICK = Preset(
     about="learns nearly nothing at once",
     model=GPTConfig(n_layer=1, n_head=1, n_embd=16, n_positions=32, window=16),
     train=TrainConfig(batch_size=4, min_steps=20, adam_lr=1e-2, precision="fp32", target=9.5),
-    text="page",
+    text="input-page",
 )
 
 
