@@ -1,6 +1,6 @@
 """How fast the model writes on a CPU: this package's ways beside transformers' generate.
 
-    python -m benchmarks.sampling --weights checkpoints/final.pt
+    python -m benchmarks.sampling --weights checkpoints/mini-input-0eacf58f.pt
     python -m benchmarks.sampling                # random weights: speed only; --quick: less than two minutes
 
 All ways have the same weights and take turns in one run. The best turn counts, so that other work on the

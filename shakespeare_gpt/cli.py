@@ -18,7 +18,7 @@ from shakespeare_gpt import ShakespeareGPTError, UsageError
 from shakespeare_gpt.memorization import Scores
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
-from shakespeare_gpt.publish.space import learnt_text, list_folder, listing, size_text, stage_space
+from shakespeare_gpt.publish.space import learnt_text, listing, size_text, stage_space
 from shakespeare_gpt.publish.transformers_export import export_transformers
 from shakespeare_gpt.runs.checkpoint import newest_checkpoint
 from shakespeare_gpt.runs.log import end_line, progress_line
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def train(options: argparse.Namespace) -> int:
     """Train a GPT-2 on a text until it knows it by heart.
 
-    Ctrl-C at any time: the same command goes on from there.
+    Ctrl-C at any time: the same command, without --restart, goes on from there.
     """
     preset, device = get_preset(options.preset), default_device(options.device)
     given = {f.name: getattr(options, f.name, None) for f in fields(TrainConfig)}
@@ -179,9 +179,8 @@ def export(options: argparse.Namespace) -> int:
             path = save_safetensors(model, options.safetensors, meta)
             print(f"{path}  {size_text(path.stat().st_size)}")
         if options.transformers:
-            export_transformers(model, options.transformers, meta)
-            print(listing(list_folder(options.transformers)))
-        del model
+            print(listing(export_transformers(model, options.transformers, meta)))
+        del model  # stage_space loads it again: not two at once
     if options.stage:
         files = stage_space(options.stage, weights, options.text)
         print(f"The Space in {options.stage}, from {weights}:\n{listing(files)}")

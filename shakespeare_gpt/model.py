@@ -46,9 +46,8 @@ class GPTConfig:
 class KVCache:
     """The keys and values of the tokens already read, so that each new token costs one position.
 
-    Two buffers of fixed size, (n_layer, B, nh, positions, hs); ``length`` says how much is filled. A smaller
-    ``length`` forgets the last tokens.
-    ``positions`` is the whole context unless fewer will do.
+    Two buffers of fixed size, (n_layer, B, nh, positions, hs); ``length`` says how much is filled, and a
+    smaller one forgets the last tokens. ``positions`` is the whole context unless fewer will do.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int = 1, positions: int | None = None, **options):
@@ -115,7 +114,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: token ids in, a score for each of the 50,257 possible next tokens out."""
+    """GPT-2: token ids in, a score for each possible next token out."""
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         """Random weights as large as GPT-2's, drawn from ``generator`` (a fixed seed 0 where there is none).

@@ -23,7 +23,7 @@ class TrainConfig:
     batch_size: int = 8  # windows in a step, over all GPUs; of short windows about as many tokens
     epochs: float = 9.0  # times through the text until the rates have come down
     fixed_every: int = 4  # with moving windows: one batch of so many is of fixed ones
-    max_epochs: float = 40.0  # where to give up
+    max_epochs: float = 40.0  # where to give up, if that is beyond the schedule and 4 min_steps
     min_steps: int = 150  # a short text needs more epochs: the schedule has at least so many steps
     optimizer: str = "muon"  # "muon": Muon for the layers' matrices, AdamW for the rest; or "adamw"
     muon_lr: float = 0.02
@@ -107,7 +107,7 @@ PRESETS = {
         ),
         Preset(
             name="baseline",
-            about="the same model trained as the published run that we compare with",
+            about="the same model, AdamW at a constant rate, until one batch is under the target",
             model=GPTConfig(),
             train=TrainConfig(
                 optimizer="adamw",

@@ -109,6 +109,7 @@ class Plan:
         if turn == self.config.fixed_every - 1:
             return self.fixed.batch(number, self.batch_size), self.length
         size = self.batch_size * self.length // self.short  # about as many tokens
+        # Moving batches are counted without the fixed ones between them.
         return self.moving.batch(step - number, size // self.world * self.world), self.short
 
     def evaluates_at(self, step: int, history: History) -> bool:
@@ -163,8 +164,8 @@ def train(
         if before_update is not None:
             before_update(state)
 
-        # The update. In fp16 a gradient may overflow. The scaler would leave out only the optimizer that
-        # owns it, and the other would take gradients that clipping by NaN has spoiled: all move, or none.
+        # The update. In fp16 a gradient may overflow. The scaler then skips the optimizer that owns it, but
+        # clipping by an infinite norm has spoiled the gradients of the other too: all move, or none.
         scale = learning_rate(state.step, plan.steps, config)
         for optimizer in state.optimizers:
             for group in optimizer.param_groups:

@@ -405,7 +405,7 @@ def test_the_newest_checkpoint_is_chosen(tmp_path, monkeypatch):
         (folder / "link.pt").symlink_to("nowhere.pt")
     with pytest.raises(CheckpointError, match="train first"):
         newest_checkpoint()
-    for age, name in enumerate(["b.pt", "a.pt", "notes.txt", ".c.pt-x1.pt"]):
+    for age, name in enumerate(["b.pt", "a.pt", "notes.txt", ".c.pt.x1.part"]):
         (folder / name).write_bytes(b"")
         os.utime(folder / name, (1000 + age, 1000 + age))
     assert newest_checkpoint().name == "a.pt"

@@ -111,7 +111,7 @@ def test_recall_counts_up_to_the_first_difference(tiny):
 
 
 def test_recall_beyond_the_context(tiny):
-    """A continuation that ends where the context of 64 tokens does."""
+    """A continuation that stops where the context of 64 tokens ends."""
     recall = exact_recall(tiny.model, tiny.text.ids, prompt_tokens=20, continuation=120, starts=[5, 40])
     assert recall.matched.max() > 64
     assert recall.starts == [5, 40]

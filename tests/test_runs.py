@@ -76,6 +76,7 @@ def test_the_log_of_a_run(smoke):
     assert all(line.startswith("# ") for line in head)
     names, numbers, losses = read_log(path)
     assert {"preset", "text", "commit", "settings", "versions", "device"} <= set(names)
+    assert names["precision"] == steps[-1].state.precision
     assert names["preset"] == "smoke" and text.sha256 in names["text"]
     assert f"batch_size={preset.train.batch_size}" in names["settings"]
     last = steps[-1].step
@@ -380,7 +381,7 @@ def test_log_of_a_resumed_run_goes_on(tmp_path):
     lines = log.read_text(encoding="utf-8").splitlines()
     assert lines[:2] == ["# preset: tiny", "# commit: older"]
     at = lines.index("# resumed at step 21")  # from there on it was other code, and the log says so
-    assert "# commit: newer" in lines[at - 2 : at] and lines[at - 3].startswith("20 | ")
+    assert "# commit: newer" in lines[at - 3 : at] and lines[at - 4].startswith("20 | ")
     assert lines.count("step | loss | best | lr | tokens/s") == 1
     assert read_log(log)[1] == [*range(10, step.step, 10), step.step]
 

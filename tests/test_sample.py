@@ -243,7 +243,7 @@ def test_a_reader_for_few_tokens_needs_few_positions(max_tokens, monkeypatch):
 
 @pytest.mark.parametrize("prompt_length", [0, 1, 31, 32, 33, 200])
 def test_generation_past_the_context_follows_the_definition(prompt_length):
-    """Guards against a crash at position 256, and long prompts that are cut by another rule."""
+    """Guards against a crash where the context ends, and long prompts that are cut by another rule."""
     model = random_model()
     prompt = torch.randint(0, 61, (prompt_length,), generator=seeded(7)).tolist()
     generated = list(generate(model, prompt, max_new_tokens=70, temperature=0))

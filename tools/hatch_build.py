@@ -8,5 +8,5 @@ class ShippedFiles(BuildHookInterface):
 
     def initialize(self, version, build_data):
         if version == "standard":
-            for name in ("input.txt", "logs", "space"):
+            for name in ("input.txt", "space"):
                 build_data["force_include"][name] = f"shakespeare_gpt/{name}"

@@ -63,7 +63,7 @@ def trained_model(preset: Preset | None = None, device: Any = None) -> tuple[GPT
         model, meta = load_model(given, device, vocab_size=VOCAB_SIZE)
         return model, learnt_text(meta), meta
     text = load_text(preset)
-    path = preset.checkpoint_path(text)
+    path = preset.checkpoint_path(text, preset.train.seed)
     if not path.exists() or not load_checkpoint(path)["meta"]["finished"]:
         plots.watch(start(preset, text, device=device))
     model, meta = load_model(path, device)

@@ -40,11 +40,11 @@ class Writer(Thread):
 class Sampler(w.VBox):
     """A prompt, sampling parameters (``settings``), Generate, Stop, and a text with its quotations marked.
 
-    The n-gram draft, by default of ``text``, makes generation faster and does not change its result.
+    The n-gram draft makes generation faster and does not change its result.
     """
 
-    def __init__(self, model: GPT, text: Text, draft: NgramDraft | None = None):
-        self._model, self._index, self._draft = model, QuotationIndex(text), draft or NgramDraft(text.ids)
+    def __init__(self, model: GPT, text: Text):
+        self._model, self._index, self._draft = model, QuotationIndex(text), NgramDraft(text.ids)
         self._writer = Writer(model, "")  # not started, so there is nothing to stop
         wide = {"layout": {"width": "48%"}, "style": {"description_width": "100px"}}
         self.prompt = w.Textarea(text.text.partition("\n")[0] + "\n", description="prompt", rows=3, **wide)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from shakespeare_gpt.data import Text
 
-# A name alone on a line that ends in a colon, after a blank line or at the start of a text.
 BLANK_LINE = r"\n[ \t]*\n"
+# A name alone on a line that ends in a colon, after a blank line or at the start of a text.
 NAME = r"[ \t]*(?P<name>[^\s:][^\n:]{0,59}:)[ \t]*(?=\n|\Z)"
 LETTERS = r"[\w\u0300-\u036f]+"  # and digits, and the accents of letters that are written in two parts
 WORD = rf"{LETTERS}(?:['’]{LETTERS})*"

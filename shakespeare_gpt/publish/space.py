@@ -19,11 +19,11 @@ SPACE_FILES = (*CODE, "README.md", "requirements.txt")
 
 
 class ExportError(ShakespeareGPTError):
-    """An export that cannot be made; the message is one line that says what to do."""
+    """An export that cannot be made."""
 
 
 def list_folder(folder: str | PathLike) -> dict[str, int]:
-    """The files that would be published, relative path -> size in bytes: none that is hidden, no caches."""
+    """The visible files of a folder, relative path -> size in bytes; no caches."""
     files = {}
     for path in sorted(Path(folder).rglob("*")):
         parts = path.relative_to(folder).parts

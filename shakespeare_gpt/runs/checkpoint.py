@@ -25,7 +25,7 @@ class CheckpointError(ShakespeareGPTError):
 
 
 def named(path: str | os.PathLike, suffix: str) -> Path:
-    """The path, which must end in ``suffix``: no text of yours is replaced. Raises CheckpointError."""
+    """The path, which must end in ``suffix``: a slip must not replace a text. Raises CheckpointError."""
     path = Path(path)
     if path.suffix != suffix:
         raise CheckpointError(f"{path} is no name for that file: let it end in {suffix}.")
@@ -91,8 +91,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 def newest_checkpoint() -> Path:
     """The newest checkpoint in ``checkpoints``. Raises CheckpointError where there is none."""
-    # Not what a kill has left behind, nor a link to nowhere.
-    found = [p for p in Path("checkpoints").glob("[!.]*.pt") if p.is_file()]
+    found = [p for p in Path("checkpoints").glob("*.pt") if p.is_file()]  # a link may lead nowhere
     if not found:
         raise CheckpointError(
             "There is no checkpoint in checkpoints/: train first (notebook 3), or name a file of weights."

@@ -17,7 +17,7 @@ from shakespeare_gpt.data import PACKAGE, Text
 from shakespeare_gpt.presets import TrainConfig
 from shakespeare_gpt.runs.checkpoint import named
 from shakespeare_gpt.runs.report import report
-from shakespeare_gpt.speed.devices import best_precision, device_name
+from shakespeare_gpt.speed.devices import device_name
 from shakespeare_gpt.train import Step, TrainingError
 
 
@@ -41,7 +41,8 @@ def logged(
                         shutil.copyfile(path, path.with_suffix(".old.log"))
                         file.truncate(0)
                     if count == 0:
-                        file.writelines(f"# {key}: {value}\n" for key, value in head.items())
+                        about = {**head, "precision": step.state.precision}
+                        file.writelines(f"# {key}: {value}\n" for key, value in about.items())
                         start = "step | loss | best | lr | tokens/s"
                         file.write(f"{start}\n" if step.step == 1 else f"# resumed at step {step.step}\n")
                     _write(file, step, checkpoint, ids)
@@ -90,7 +91,7 @@ def log_head(preset: str, text: Text, config: TrainConfig, device: torch.device)
         "commit": commit(),
         "settings": " ".join(f"{k}={v}" for k, v in asdict(config).items()),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "device": f"{device_name(device)}, {best_precision(device, config.precision)[0]}",
+        "device": f"{device_name(device)}",
     }
 
 

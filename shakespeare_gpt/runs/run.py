@@ -55,9 +55,9 @@ def start(
 def run_to_end(steps: Iterator[Step], show: Callable[[Step], None]) -> Step:
     """Run a training generator to its end and return the last step; ``show`` is called with each.
 
-    Ctrl-C, a notebook's stop button and SIGTERM wait for the step in hand and then raise KeyboardInterrupt.
-    A second one acts at once, except under torchrun, which passes on each Ctrl-C that the processes have
-    already had. It reaches each of several processes at another moment, and all stop as one.
+    Ctrl-C, a notebook's stop button or SIGTERM lets the step finish, then raises KeyboardInterrupt; closing
+    ``steps`` saves. A second one raises at once. Under torchrun each Ctrl-C comes twice, so later ones are
+    ignored, and all processes agree after each step whether to stop.
     """
     interrupted, previous = threading.Event(), {}
 
@@ -93,9 +93,9 @@ def resumable(
 ) -> Iterator[Step]:
     """``train`` on a text's ids (n,), its whole state saved in ``checkpoint``.
 
-    It is saved every ``save_every`` seconds, when the generator is closed, and at the end. A run that finds
-    its own file goes on from it: the numbers are those of a run never interrupted. With ``restart`` it starts
-    over; the old file stays until the first save. ``meta`` is stored beside the weights.
+    It is saved every ``save_every`` seconds, at the end, and when the run gives up or is closed. A run that
+    finds its own file goes on from it: the numbers are those of a run never interrupted. With ``restart`` it
+    starts over; the old file stays until the first save. ``meta`` is stored beside the weights.
 
     Raises what ``train`` raises, and CheckpointError for a checkpoint of another run.
     """

@@ -80,11 +80,11 @@ def load_model(
         if len(weights) != 4 + 12 * config.n_layer:
             raise ValueError(f"{len(weights)} tensors do not make {config.n_layer} layers")
         with torch.device("meta"):
-            model = GPT(config, generator=torch.Generator("cpu"))
+            model = GPT(config)
         model.load_state_dict({k: v.float() for k, v in weights.items()}, assign=True)
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} holds no GPT of this project ({str(error).splitlines()[0]}): export it again."
+            f"{path} holds no GPT of this project ({str(error).splitlines()[0]}): train or export again."
         ) from None
     return model.to(device), meta
 

@@ -1,6 +1,6 @@
 """A training step as a CUDA graph.
 
-A step of 8 x 256 tokens is some two thousand small kernels, and a GPU finishes each before Python has
+A step of the 124M model is some two thousand small kernels, and a GPU finishes each before Python has
 launched the next. Replaying a recording launches all of them at once.
 """
 

@@ -25,7 +25,7 @@ def default_device(name: str | torch.device | None = None) -> torch.device:
         device = torch.device(name or "cpu")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UsageError(f"There is no device {name!r} here: leave the choice to us.") from None
+        raise UsageError(f"There is no device {name!r} here: name another, or none.") from None
     return device
 
 
