@@ -324,7 +324,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_log():
     perfect = re.search(r"# from anywhere: .* at 200 places: .* all right at (\d+)%", log)[1]
     assert f"{float(loss):.4f} nats" in readme and f"{float(loss):.4f} nats" in notebook
     assert f"{int(tokens) / 1e6:.2f} million" in readme and f"{int(tokens) / 1e6:.2f} million" in notebook
-    assert f"at {perfect} %" in readme
+    assert f"at {perfect}%" in readme
     assert "# preset: gpt2\n" in log and " seed=0" in log
 
 

@@ -2,7 +2,7 @@
 
 A quotation is a run of at least five words of speech that stands word for word in the learnt text. Speakers'
 names, punctuation and line ends between those words must agree too, but do not count towards the five. By
-chance, 0.14 % of the second half of Tiny Shakespeare is "quoted" so from its first half, 1.2 % with four.
+chance, 0.14% of the second half of Tiny Shakespeare is "quoted" so from its first half, 1.2% with four.
 """
 
 import re

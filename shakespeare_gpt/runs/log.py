@@ -78,7 +78,7 @@ def progress_line(step: Step) -> str:
     text = f" | text {step.history.text[-1][1]:.4f}" if step.history.text else ""
     return (
         f"step {step.step} | loss {step.loss:.4f} | best {step.best:.4f}{text} | "
-        f"{step.tokens_per_second:,.0f} tokens/s | {100 * step.progress:.0f} % of the way | "
+        f"{step.tokens_per_second:,.0f} tokens/s | {100 * step.progress:.0f}% of the way | "
         f"about {minutes}:{seconds:02d} left"
     )
 
