@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 
 from shakespeare_gpt import ShakespeareGPTError, UsageError
-from shakespeare_gpt.memorization import Scores
+from shakespeare_gpt.memorization import Scores, report
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
 from shakespeare_gpt.publish.space import learnt_text, listing, size_text, stage_space
 from shakespeare_gpt.publish.transformers_export import export_transformers
 from shakespeare_gpt.runs.checkpoint import newest_checkpoint
 from shakespeare_gpt.runs.log import end_line, progress_line
-from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.runs.run import run_to_end, start
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.sample import stream_text

@@ -14,9 +14,9 @@ import torch
 from conftest import REPOSITORY
 
 from shakespeare_gpt import cli
+from shakespeare_gpt.memorization import report
 from shakespeare_gpt.model import GPT, GPTConfig
 from shakespeare_gpt.presets import PRESETS, TARGET
-from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
 from shakespeare_gpt.sample import stream_text
 from shakespeare_gpt.train import Step

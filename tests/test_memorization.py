@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from shakespeare_gpt.memorization import Recall, exact_recall, score
+from shakespeare_gpt.memorization import Recall, exact_recall, line_starts, report, score
 from shakespeare_gpt.model import GPT, GPTConfig, KVCache
-from shakespeare_gpt.runs.report import line_starts, report
 from shakespeare_gpt.tokenizer import decode
 
 

@@ -153,7 +153,7 @@ def test_outputs_are_clean(path):
 
 @each
 def test_shows_the_run_of_the_readme(path):
-    """Executed with another preset, or where Tiny Shakespeare could not be had, a page shows other numbers."""
+    """Executed with another preset, or without Tiny Shakespeare, a page shows other numbers."""
     said = "".join(text_of(output) for cell in cells(path, "code") for output in cell.outputs)
     assert "preset gpt2: " in said and "could not be downloaded" not in said
 

@@ -16,11 +16,11 @@ import torch
 from conftest import REPOSITORY
 from small_run import CONFIG, IDS, RECIPE, assert_same_run, changed, new_model, one_line, play_process, run
 
+from shakespeare_gpt.memorization import report
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import TARGET, get_preset
 from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from shakespeare_gpt.runs.log import logged
-from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.runs.run import resumable, run_to_end, start
 from shakespeare_gpt.runs.weights import load_model
 from shakespeare_gpt.train import TargetNotReached, TrainingError, evaluate, train

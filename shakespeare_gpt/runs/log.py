@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from shakespeare_gpt.data import PACKAGE, Text
+from shakespeare_gpt.memorization import report
 from shakespeare_gpt.presets import TrainConfig
 from shakespeare_gpt.runs.checkpoint import named
-from shakespeare_gpt.runs.report import report
 from shakespeare_gpt.speed.devices import device_name
 from shakespeare_gpt.train import Step, TrainingError
 
