@@ -18,8 +18,8 @@ from shakespeare_gpt.presets import TARGET
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = (  # log, label, colour
-    ("baseline", "AdamW at a constant rate: until one batch is under the target", plots.GREY),
-    ("train", "this recipe, its whole windows: until the whole text is under it", plots.BLUE),
+    ("baseline", "baseline: AdamW at a constant rate", plots.GREY),
+    ("train", "this recipe, batches of whole windows", plots.BLUE),
 )
 
 
@@ -64,7 +64,7 @@ def draw(logs: Path, path: Path) -> None:
             print(f"{name}: first batch under it at step {first}, {first * millions:.2f} million tokens")
     ax.axhline(TARGET, color=plots.RED, linestyle="--", linewidth=1, label=f"target {TARGET}")
     ax.set(yscale="log", xlabel="tokens read (millions)", ylabel="loss (nats per token)", ylim=(0.04, 60))
-    ax.set_title("124M parameters learn Tiny Shakespeare: every tenth batch")
+    ax.set_title("Lines are single batches, dots the whole text at the end")
     ax.legend(loc="upper right")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, metadata={"Software": None})
