@@ -94,7 +94,7 @@ PRESETS = {
             name="mini",
             about="16M parameters learn input.txt in minutes on two CPU cores",
             model=GPTConfig(n_layer=4, n_head=4, n_embd=256, window=48),
-            train=TrainConfig(batch_size=3, epochs=20, muon_lr=0.03, adam_lr=1.6e-2, share_unseen=True),
+            train=TrainConfig(batch_size=4, epochs=20, muon_lr=0.03, adam_lr=1.6e-2, share_unseen=True),
         ),
         Preset(
             name="gpt2",
