@@ -24,7 +24,7 @@ class TrainConfig:
     epochs: float = 9.0  # times through the text until the rates have come down
     fixed_every: int = 4  # with moving windows: one batch of so many is of fixed ones
     max_epochs: float = 40.0  # where to give up, if that is beyond the schedule and 4 min_steps
-    min_steps: int = 150  # a short text needs more epochs: the schedule has at least so many steps
+    min_steps: int = 120  # a short text needs more epochs: the schedule has at least so many steps
     optimizer: str = "muon"  # "muon": Muon for the layers' matrices, AdamW for the rest; or "adamw"
     muon_lr: float = 0.02
     momentum: float = 0.9  # Muon's: the share of the past in its mean of gradients
