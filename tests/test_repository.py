@@ -127,7 +127,7 @@ def test_the_package_stays_small():
     every = {name: lines(path) for name, path in MODULES.items()}
     long = {name: count for name, count in every.items() if count > 350}
     assert not long, f"files of more than 350 lines: {long}"
-    assert sum(every.values()) <= 3_153, f"the package: {sum(every.values())} lines"
+    assert sum(every.values()) <= 3_143, f"the package: {sum(every.values())} lines"
 
 
 def test_the_space_stays_small():

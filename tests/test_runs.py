@@ -61,9 +61,8 @@ def test_smoke_learns_the_first_lines_by_heart(smoke):
     assert meta["tokens"] == len(steps) * 4 * 32
     assert meta["epochs"] == pytest.approx(meta["tokens"] / len(text.ids), abs=1e-3)
     assert meta["parameters"] == model.num_parameters()
-    assert meta["first_batch_step"] == steps[-1].history.first_batch
-    assert (meta["target"], meta["seed"], meta["windows"]) == (TARGET, 0, "moving")
-    assert meta["finished"] and meta["precision"] in ("fp32", "bf16") and meta["seconds"] > 0
+    assert (meta["seed"], meta["windows"]) == (0, "moving")
+    assert meta["finished"] and meta["precision"] in ("fp32", "bf16")
 
 
 def test_the_log_of_a_run(smoke):

@@ -648,8 +648,8 @@ def test_without_weights_the_page_says_so(app, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("pickle", "not a readable safetensors file"),
-        ("cut", "not a readable safetensors file"),
+        ("pickle", "no readable safetensors file"),
+        ("cut", "no readable safetensors file"),
         ("header", "lacks this project"),
         ("text", "not the text that these weights learnt"),
         ("no text", "text.txt cannot be read"),

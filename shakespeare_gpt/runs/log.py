@@ -91,7 +91,7 @@ def log_head(preset: str, text: Text, config: TrainConfig, device: torch.device)
         "commit": commit(),
         "settings": " ".join(f"{k}={v}" for k, v in asdict(config).items()),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "device": f"{device_name(device)}",
+        "device": device_name(device),
     }
 
 

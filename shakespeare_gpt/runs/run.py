@@ -161,14 +161,11 @@ def _contents(state, ids, config, identity, meta, last: Step | None) -> dict[str
         "tokens": history.tokens,
         "epochs": round(history.tokens / len(ids), 3),
         "loss": loss if measured == state.step else None,  # never that of earlier weights
-        "target": config.target,
-        "first_batch_step": history.first_batch,
         "parameters": model.num_parameters(),
         "seed": config.seed,
         "windows": config.windows,
         "precision": state.precision,
         "device": device_name(model.device),
-        "seconds": round(history.seconds, 1),
         "finished": last is not None,
     }
     contents = {

@@ -99,9 +99,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, in
             weights = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         config, meta = json.loads(header["config"]), json.loads(header["meta"])
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({error}): export it again."
-        ) from None
+        raise CheckpointError(f"{path} is no readable safetensors file ({error}): export it again.") from None
     except (KeyError, ValueError):
         raise CheckpointError(f"{path} lacks this project's metadata: export it again.") from None
     return from_openai(weights), config, meta

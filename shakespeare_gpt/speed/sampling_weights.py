@@ -42,17 +42,11 @@ def _kind_for(device: torch.device) -> tuple[str, str]:
     """The kind of weights by rule, and the reason: nothing is timed, so a restart chooses alike."""
     if device.type != "cpu":
         return best_precision(device)
-    if _has_fp16_kernel():
-        return "fp16", "half the bytes to read, and this CPU computes with them in fp32"
-    return "fp32", "no smaller kind is known to be faster on this CPU"
-
-
-def _has_fp16_kernel() -> bool:
-    try:
+    try:  # not every PyTorch has the kernel, and not for every CPU
         Fp16Linear(torch.ones(8, 8))(torch.ones(1, 8))
-        return True
     except (RuntimeError, AttributeError):
-        return False
+        return "fp32", "no smaller kind is known to be faster on this CPU"
+    return "fp16", "half the bytes to read, and this CPU computes with them in fp32"
 
 
 @torch.no_grad()
@@ -64,9 +58,10 @@ def for_sampling(model: GPT, kind: str = "auto") -> tuple[GPT, str]:
     """
     if kind not in ("auto", *DTYPES):
         raise ValueError(f"no such weights: {kind!r}; choose from auto, {', '.join(DTYPES)}")
-    kind, reason = _kind_for(model.device) if kind == "auto" else (kind, "as asked")
+    best, reason = _kind_for(model.device)
+    kind, reason = (best, reason) if kind == "auto" else (kind, "as asked")
     if kind != "fp16" or model.device.type != "cpu":
         return _cast(model, DTYPES[kind]), f"Weights in {kind}: {reason}."
-    if not _has_fp16_kernel():
+    if best != "fp16":
         raise ValueError("fp16 weights need a kernel that this PyTorch lacks for this CPU")
     return _packed(model), f"Weights in {kind}: {reason}."
