@@ -45,8 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit code. Raises SystemExit for wrong usage."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if hasattr(sys.stdout, "reconfigure"):  # into a file or pipe Windows would write in its own code page
         sys.stdout.reconfigure(encoding="utf-8")
     try:
@@ -67,9 +66,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="shakespeare-gpt", description="A GPT-2 that learns a text by heart."
-    )
+    parser = argparse.ArgumentParser(prog="shakespeare-gpt", description="A GPT-2 learns a text by heart.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for function, arguments in COMMANDS.items():
         about, _, more = function.__doc__.partition("\n")

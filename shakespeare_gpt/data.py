@@ -77,6 +77,9 @@ def _read(path: Path) -> str:
         raise TextError(f"{path} is not UTF-8 (byte {error.start}): save it again as UTF-8.") from None
     if not text.strip():
         raise TextError(f"{path} is empty: put the text to learn into it.")
+    # The tokenizer's pattern fails at about a million, in the middle of tiktoken's Rust.
+    if max(map(len, re.findall(r"\s+", text)), default=0) > 100_000:
+        raise TextError(f"{path} holds more than 100,000 blanks in a row: remove them.")
     return text
 
 

@@ -71,7 +71,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor, int] | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C). ``past``: this layer's key and value buffers and how full they are."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         mask = None
         if past is not None:
             keys, values, length = past

@@ -127,6 +127,7 @@ BAD_FILES = {
     "latin1": ("Fünf Äpfel\n".encode("latin-1") * 99, "not UTF-8"),
     "utf16": ("Five apples\n".encode("utf-16") * 99, "not UTF-8"),
     "image": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 9, "not UTF-8"),
+    "endless": (b"a word" + 2_000_000 * b" " + b"x", "blanks in a row"),
     "short": (b"Too short to learn.\n", "give a page or more"),
 }
 

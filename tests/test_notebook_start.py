@@ -1,6 +1,7 @@
 """How a notebook begins: where it works, what it prints, and a model that knows its text."""
 
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -58,6 +59,13 @@ def test_a_model_is_trained_on_the_spot_and_then_loaded(tmp_path, monkeypatch, c
     again = trained_model(QUICK, "cpu")
     assert path.stat().st_mtime_ns == written and capsys.readouterr().out == ""
     assert again[2] == meta and again[0].wte.weight.equal(model.wte.weight)
+
+
+def test_the_weights_are_those_of_the_presets_seed(tmp_path, monkeypatch):
+    """A preset with seed 1 was trained, and then seed 0's file was looked for."""
+    monkeypatch.chdir(tmp_path)
+    seeded = replace(QUICK, train=replace(QUICK.train, seed=1))
+    assert trained_model(seeded, "cpu")[2]["seed"] == 1
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -90,6 +90,7 @@ def test_an_sdist_makes_the_same_wheel(dist, tmp_path):
             names.append(set(archive.namelist()))
     assert names[0] == names[1]
     assert {"shakespeare_gpt/input.txt", "shakespeare_gpt/space/app.py"} <= names[0]
+    assert not any("/logs/" in name for name in names[0])  # a Space staged from the wheel held them
 
 
 def test_an_editable_installation_uses_the_clone(repository_copy, tmp_path):

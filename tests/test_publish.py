@@ -301,8 +301,13 @@ def test_a_file_of_weights_does_not_choose_what_is_read(tmp_path, monkeypatch, w
 
 
 def test_the_text_of_a_preset_is_found():
+    """``recite --text input.txt`` on weights of ``smoke`` said that theirs is called 'input'."""
     text = get_preset("smoke").load_text()
-    assert learnt_text({"text_name": text.name, "text_sha256": text.sha256}).text == text.text
+    meta = {"text_name": text.name, "text_sha256": text.sha256}
+    assert learnt_text(meta).text == text.text
+    for other in ("input", REPOSITORY / "input.txt"):
+        with pytest.raises(ExportError, match=r"than input .* it is 'input-page', .* name no text"):
+            learnt_text(meta, other)
 
 
 # --- the upload, which is Hugging Face's own command

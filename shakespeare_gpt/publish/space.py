@@ -58,6 +58,8 @@ def learnt_text(meta: dict[str, Any], source: Text | str | PathLike | None = Non
     """
     name, sha256 = str(meta.get("text_name", "input")), meta.get("text_sha256")
     remedy = f"it is called {name!r}; name its file, or set {TEXT_VARIABLE} to it."
+    if name in OURS:
+        remedy = f"it is {name!r}, which comes with this project: name no text, and unset {TEXT_VARIABLE}."
     source = source or environ.get(TEXT_VARIABLE)
     if not source and name not in OURS:
         raise ExportError(f"The weights learnt a text that does not come with this project: {remedy}")

@@ -40,8 +40,7 @@ def start(
     Goes on from the run's checkpoint where there is one, unless ``restart``. ``model``, random weights
     otherwise, is trained in place; ``config``, ``checkpoint`` and ``log`` replace the preset's.
     """
-    config = config or preset.train
-    device = default_device(device)
+    config, device = config or preset.train, default_device(device)
     model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
     meta = {"preset": preset.name, "text_name": text.name, "text_sha256": text.sha256}
     path = named(checkpoint or preset.checkpoint_path(text, config.seed), ".pt")

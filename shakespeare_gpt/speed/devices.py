@@ -87,11 +87,9 @@ def autocast(device: torch.device, precision: str):
             stack.enter_context(torch.autocast(device.type, dtype=dtype, cache_enabled=False))
         if device.type == "cpu" and precision == "bf16":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            # Without it the parts run in fp32.
-            stack.callback(
-                cuda.allow_fp16_bf16_reduction_math_sdp, cuda.fp16_bf16_reduction_math_sdp_allowed()
-            )
-            cuda.allow_fp16_bf16_reduction_math_sdp(True)
+            before = cuda.fp16_bf16_reduction_math_sdp_allowed()
+            stack.callback(cuda.allow_fp16_bf16_reduction_math_sdp, before)
+            cuda.allow_fp16_bf16_reduction_math_sdp(True)  # without it the parts run in fp32
         yield
 
 
