@@ -28,7 +28,7 @@ from shakespeare_gpt.data import Text
 from shakespeare_gpt.memorization import exact_recall, score
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import TARGET, Preset, TrainConfig, get_preset
-from shakespeare_gpt.runs.log import commit, progress_line
+from shakespeare_gpt.runs.log import commit
 from shakespeare_gpt.runs.run import run_to_end, start
 from shakespeare_gpt.speed.devices import default_device, device_name, keep_freed_memory
 from shakespeare_gpt.train import Step, TargetNotReached, TrainingError
@@ -131,7 +131,7 @@ def write_row(path: Path, row: dict[str, Any]) -> None:
 def show_progress(step: Step, every: float = 10.0, shown: list[float] = [0.0]) -> None:  # noqa: B006
     """A line on the screen every ten seconds."""
     if step.done or time.monotonic() - shown[0] > every:
-        say(f"    {progress_line(step)}")
+        say(f"    step {step.step} | loss {step.loss:.4f} | {step.progress:.0%} of the way")
         shown[0] = time.monotonic()
 
 

@@ -22,7 +22,7 @@ from shakespeare_gpt import ShakespeareGPTError
 from shakespeare_gpt.memorization import exact_recall
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import get_preset
-from shakespeare_gpt.publish.space import learnt_text
+from shakespeare_gpt.publish.export import learnt_text
 from shakespeare_gpt.runs.weights import load_model, to_openai
 from shakespeare_gpt.sample import CachedReader, GenerationStats, generate, window_start
 from shakespeare_gpt.speed.devices import best_precision, device_name
@@ -67,8 +67,10 @@ def cached(model: GPT, prompt, count: int, draft=None, stats=None) -> tuple[int,
     stats = stats or GenerationStats()
     before = stats.seconds
     options = {"max_new_tokens": count, "temperature": 0, "draft": draft, "stats": stats}
-    tokens = sum(1 for _ in generate(model, prompt, **options))
-    return tokens, stats.seconds - before, stats.first_token_seconds
+    tokens = generate(model, prompt, **options)
+    next(tokens)
+    first = stats.seconds - before
+    return 1 + sum(1 for _ in tokens), stats.seconds - before, first
 
 
 def transformers_model(model: GPT, dtype: torch.dtype):
@@ -100,8 +102,10 @@ def ways(model: GPT, kinds: list[str], count: int, draft: NgramDraft, compare: b
     for kind in kinds:
         try:
             copies[kind] = for_sampling(model, kind)[0]
-        except ValueError as error:
-            say(str(error))
+        except (RuntimeError, AttributeError):
+            if kind != "fp16":
+                raise
+            say(f"this PyTorch has no {kind} weights for this CPU")
     for kind, copy in copies.items():
         found.append(Way(f"cached, {kind}", lambda prompt, m=copy: cached(m, prompt, count), kind))
     for kind, copy in copies.items():

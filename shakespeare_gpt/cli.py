@@ -18,12 +18,10 @@ from shakespeare_gpt import ShakespeareGPTError, UsageError
 from shakespeare_gpt.memorization import Scores, report
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import PRESETS, TARGET, TrainConfig, get_preset
-from shakespeare_gpt.publish.space import learnt_text, listing, size_text, stage_space
-from shakespeare_gpt.publish.transformers_export import export_transformers
-from shakespeare_gpt.runs.checkpoint import newest_checkpoint
-from shakespeare_gpt.runs.log import end_line, progress_line
+from shakespeare_gpt.publish.export import export_transformers, learnt_text, listing, stage_space
+from shakespeare_gpt.runs.log import end_line
 from shakespeare_gpt.runs.run import run_to_end, start
-from shakespeare_gpt.runs.weights import load_model, save_safetensors
+from shakespeare_gpt.runs.weights import load_model, newest_checkpoint, save_safetensors
 from shakespeare_gpt.sample import stream_text
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
 from shakespeare_gpt.speed.processes import connected, rank
@@ -38,7 +36,6 @@ def main(arguments: list[str] | None = None) -> None:
         # gloo's threads outlive the process group, and one that frees a tensor while Python shuts down aborts
         # the process: all is saved, so leave at once (github.com/pytorch/pytorch/pull/179291).
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -101,23 +98,23 @@ def train(options: argparse.Namespace) -> int:
         print(f"{preset.name} on {text.name}: {sizes}")
         name, reason = best_precision(device, config.precision)
         print(f"device: {device_name(device)}; {name}, because {reason}")
-        files = {"checkpoint": path, "log": options.log, "restart": options.restart}
-        last = run_to_end(start(preset, text, model, config=config, device=device, **files), _show_progress())
+        settings = {"config": config, "checkpoint": path, "device": device, "restart": options.restart}
+        last = run_to_end(start(preset, text, model, **settings), _show_progress())
         print(end_line(last) + (", in a run that has ended before" if last.state is None else ""))
         print(f"Saved checkpoint to {path}" if last.state is not None else "--restart starts over")
     return 0
 
 
 def _show_progress() -> Callable[[Step], None]:
-    """One line that rewrites itself on a terminal, else a line every ten seconds."""
-    live, printed = sys.stdout.isatty(), 0.0
+    """A function that prints how far a run is, every ten seconds."""
+    printed = 0.0
 
     def show(step: Step) -> None:
         nonlocal printed
-        if step.done or time.monotonic() - printed > (0.5 if live else 10.0):
-            line = progress_line(step)
-            end = "" if live and not step.done else "\n"
-            print(f"\r{line:<110}" if live else line, end=end, flush=True)
+        if step.done or time.monotonic() - printed > 10.0:
+            text = f" | text {step.history.text[-1][1]:.4f}" if step.history.text else ""
+            about = f"{step.progress:.0%} of the way, {step.seconds_left / 60:.1f} min left"
+            print(f"step {step.step} | loss {step.loss:.4f}{text} | {about}", flush=True)
             printed = time.monotonic()
 
     return show
@@ -128,8 +125,7 @@ def generate(options: argparse.Namespace) -> int:
 
     Example: shakespeare-gpt generate "JULIET:\\n" --temperature 0
     """
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    parameters = {name: getattr(options, name) for name in names}
+    parameters = {n: getattr(options, n) for n in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     prompt = options.prompt.replace("\\n", "\n")
     model, meta = load_model(options.weights or newest_checkpoint(), vocab_size=VOCAB_SIZE)
     pieces = stream_text(model, prompt, **parameters)
@@ -170,10 +166,10 @@ def export(options: argparse.Namespace) -> int:
         raise UsageError("say what to make: --safetensors, --transformers or --stage")
     weights = Path(options.weights or newest_checkpoint())
     if options.safetensors or options.transformers:
-        model, meta = load_model(weights)
+        model, meta = load_model(weights, vocab_size=VOCAB_SIZE)
         if options.safetensors:
             path = save_safetensors(model, options.safetensors, meta)
-            print(f"{path}  {size_text(path.stat().st_size)}")
+            print(f"{path}  {path.stat().st_size / 1e6:.1f} MB")
         if options.transformers:
             print(listing(export_transformers(model, options.transformers, meta)))
         del model  # stage_space loads it again: not two at once
@@ -192,8 +188,7 @@ COMMANDS = {
     train: (
         ("--preset", str, None, "; ".join(f"{p.name}: {p.about}" for p in PRESETS.values())),
         ("--text", str, None, "learn this text file, not the preset's text"),
-        ("--checkpoint", Path, None, "where to save; without it in checkpoints/"),
-        ("--log", Path, None, "the log; without it beside the checkpoint"),
+        ("--checkpoint", Path, None, "where to save, the log beside it; without it in checkpoints/"),
         ("--restart", bool, None, "start over"),
         DEVICE,
         ("--batch-size", int, None, "windows in a step"),
@@ -201,7 +196,6 @@ COMMANDS = {
         ("--max-epochs", float, None, "where to give up"),
         ("--muon-lr", float, None, "peak rate of Muon"),
         ("--adam-lr", float, None, "peak rate of AdamW"),
-        ("--windows", str, None, "moving, fixed or sequential"),
         ("--precision", str, None, "auto, bf16, fp16 or fp32"),
         ("--target", float, None, "the mean loss in nats at which to stop"),
         ("--seed", int, None, "of the weights and of the order of the windows"),

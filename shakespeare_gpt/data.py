@@ -27,7 +27,6 @@ TINY_SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 )
 TINY_SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SOURCE_VARIABLE = "SHAKESPEARE_GPT_TINYSHAKESPEARE"  # another address, or a file that is already here
 TIMEOUT = 20.0  # seconds without a byte before a download is given up
 
 
@@ -86,34 +85,23 @@ def _read(path: Path) -> str:
 def tiny_shakespeare() -> Path:
     """The path of Tiny Shakespeare: 1,115,394 characters from the plays, 338,025 tokens.
 
-    The file that SHAKESPEARE_GPT_TINYSHAKESPEARE names, or the cached one, or a download from the address in
-    that variable, else from the public one. Only the right SHA-256 is taken. Raises TextError.
+    It is downloaded once and stays in PyTorch's cache. Only the right SHA-256 is taken. Raises TextError.
     """
-    source = os.environ.get(SOURCE_VARIABLE) or TINY_SHAKESPEARE_URL
-    cached = Path(torch.hub.get_dir()) / "shakespeare_gpt" / "tinyshakespeare.txt"
-    path = cached if "://" in source else Path(source).expanduser()
-    try:
-        if hashlib.sha256(path.read_bytes()).hexdigest() == TINY_SHAKESPEARE_SHA256:
-            return path
-    except OSError:
-        pass  # not there yet
-    if path != cached:
-        raise TextError(
-            f"{SOURCE_VARIABLE} names {path}, which is not Tiny Shakespeare: correct or unset it. "
-            "SHAKESPEARE_GPT_TEXT is the variable for a text of your own."
-        )
+    path = Path(torch.hub.get_dir()) / "shakespeare_gpt" / "tinyshakespeare.txt"
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == TINY_SHAKESPEARE_SHA256:
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(
-            source, str(path), hash_prefix=TINY_SHAKESPEARE_SHA256, progress=sys.stderr.isatty()
+            TINY_SHAKESPEARE_URL, str(path), hash_prefix=TINY_SHAKESPEARE_SHA256, progress=sys.stderr.isatty()
         )
     except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error)).strip()
         raise TextError(
-            f"Tiny Shakespeare could not be downloaded ({reason}); nothing was kept. Try again, set "
-            f"{SOURCE_VARIABLE} to another address or to a file, or TORCH_HOME to another cache."
+            f"Tiny Shakespeare could not be downloaded ({reason}); nothing was kept. Try again, save "
+            f"{TINY_SHAKESPEARE_URL} byte for byte as {path} yourself, or set TORCH_HOME to another cache."
         ) from None
     finally:
         socket.setdefaulttimeout(timeout)

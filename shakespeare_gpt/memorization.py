@@ -36,18 +36,16 @@ class Scores:
 
 
 @torch.inference_mode()
-def score(model: GPT, ids: Tensor, *, precision: str = "fp32", part: tuple[int, int] = (0, 1)) -> Scores:
+def score(model: GPT, ids: Tensor, *, precision: str = "fp32") -> Scores:
     """Loss and hit or miss of every token of a text ids (n,); ValueError for n < 2.
 
     Each token is predicted once, from what stands before it in its window (see ``data.windows``); a short
-    text is one short window. ``part`` is (i, m) to score only the i-th of m parts.
+    text is one short window.
     """
     ids = torch.as_tensor(ids, dtype=torch.int64).cpu()
     if len(ids) < 2:
         raise ValueError("a text must have at least 2 tokens: the first is not predicted")
     _, x, y, mask = windows(ids, min(model.config.n_positions, len(ids) - 1))
-    first, parts = part
-    x, y, mask = x[first::parts], y[first::parts], mask[first::parts]
     labels, size, end = y.flatten().to(model.device), max(1, BATCH_TOKENS // x.shape[1]), 0
     # Into memory taken beforehand: small results kept between large logits break up a CPU's memory.
     losses, right = torch.empty(y.shape), torch.empty(y.shape, dtype=torch.bool)
@@ -122,9 +120,9 @@ def exact_recall(
         raise ValueError(f"starts must lie in 0..{possible - 1}, and there must be at least one")
     passages = ids[starts[:, None] + torch.arange(prompt_tokens + continuation)]
     matched = []
-    for batch in passages.split(200):
+    for batch in passages.split(64):
         prompt, truth = batch.to(model.device).split([prompt_tokens, continuation], 1)
-        reader, said = CachedReader(model, len(batch), prompt_tokens + continuation), [prompt]
+        reader, said = CachedReader(model, len(batch)), [prompt]
         for _ in range(continuation):
             said.append(reader.read(said[-1])[:, -1].argmax(-1, keepdim=True))
         hits = torch.cat(said[1:], 1) == truth

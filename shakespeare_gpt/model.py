@@ -53,8 +53,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int = 1, positions: int | None = None, **options):
         """``options`` are those of ``torch.zeros``: device and dtype."""
         hs = config.n_embd // config.n_head
-        positions = config.n_positions if positions is None else positions
-        shape = (config.n_layer, batch_size, config.n_head, positions, hs)
+        shape = (config.n_layer, batch_size, config.n_head, positions or config.n_positions, hs)
         self.keys, self.values = torch.zeros(shape, **options), torch.zeros(shape, **options)
         self.length = 0
 

@@ -1,5 +1,6 @@
 """Sampling: a prompt in, a stream of tokens or of text out."""
 
+import codecs
 import contextlib
 import itertools
 import time
@@ -12,7 +13,7 @@ from torch import Tensor
 from shakespeare_gpt import UsageError
 from shakespeare_gpt.model import GPT, KVCache
 from shakespeare_gpt.speed.ngram_draft import DraftLength, NgramDraft
-from shakespeare_gpt.tokenizer import END_OF_TEXT, StreamDecoder, encode
+from shakespeare_gpt.tokenizer import END_OF_TEXT, encode, token_bytes
 
 NEWLINE = 198  # the token "\n", which stands in for an empty prompt
 GREEDY_BELOW = 1e-8  # at a lower temperature the best token has all the probability in fp32
@@ -91,12 +92,12 @@ class CachedReader:
     """Reads B texts of equal length, a few tokens at a time, with a key-value cache and a sliding window.
 
     The logits equal, up to rounding, the model's own on ``ids[window_start(len(ids), window):]``.
-    ``length`` counts the tokens read. With ``max_tokens``, the cache is only as large as they need.
+    ``length`` counts the tokens read.
     """
 
-    def __init__(self, model: GPT, batch_size: int = 1, max_tokens: int | None = None):
-        self.model, self.length, self._start, self._max_tokens = model, 0, 0, max_tokens
-        n = min(model.config.sampling_window, max_tokens or model.config.sampling_window)
+    def __init__(self, model: GPT, batch_size: int = 1):
+        self.model, self.length, self._start = model, 0, 0
+        n = model.config.sampling_window
         weight = model.wpe.weight  # has the dtype of the activations, even where matrices are packed
         self._cache = KVCache(model.config, batch_size, n, device=weight.device, dtype=weight.dtype)
         # The tokens in the cache, to read them again when the window moves
@@ -110,11 +111,9 @@ class CachedReader:
     def read(self, ids: Tensor, wanted: int = 1) -> Tensor:
         """ids (B, T), the next tokens -> the logits (B, wanted, V) after the last ``wanted`` of them.
 
-        These must lie in one window (see ``room``). Raises ValueError beyond ``max_tokens``.
+        These must lie in one window (see ``room``).
         """
         total, filled = self.length + ids.shape[1], self._cache.length
-        if self._max_tokens is not None and total > self._max_tokens:
-            raise ValueError(f"this reader takes at most {self._max_tokens} tokens, not {total}")
         start = window_start(total, self.model.config.sampling_window)
         if start > self._start:
             ids = torch.cat([self._tokens[:, :filled], ids], 1)[:, start - self._start :]
@@ -139,7 +138,6 @@ class GenerationStats:
     proposed: int = 0  # tokens in drafts
     accepted: int = 0  # of those, what the model agreed with
     seconds: float = 0.0  # without the caller's time between the tokens
-    first_token_seconds: float | None = None  # of the latest generation
 
     @property
     def tokens_per_second(self) -> float:
@@ -199,8 +197,6 @@ def _generate(model, prompt, max_new_tokens, sampling, random, draft, stats) -> 
         accepted = len(tokens) - 1  # the last token is the model's own
         reader.undo(len(proposal) - accepted)
         draft_length.update(len(proposal), accepted)
-        if len(context) == len(prompt):
-            stats.first_token_seconds = time.perf_counter() - began
         stats.seconds += time.perf_counter() - began
         stats.passes += 1
         stats.proposed += len(proposal)
@@ -234,10 +230,10 @@ def stream_text(model: GPT, prompt: str, **options) -> Iterator[str]:
 
 
 def _stream(tokens: Iterator[int]) -> Iterator[str]:
-    decoder = StreamDecoder()
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # half a character waits for the rest
     with contextlib.closing(tokens):  # closing this iterator stops the model too
         for token in itertools.takewhile(lambda token: token != END_OF_TEXT, tokens):
-            if piece := decoder.feed(token):
+            if piece := decoder.decode(token_bytes(token)):
                 yield piece
-    if rest := decoder.flush():
+    if rest := decoder.decode(b"", final=True):
         yield rest

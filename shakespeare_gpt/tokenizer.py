@@ -9,7 +9,6 @@ file as ``gpt2.tiktoken`` (source and licence in ``gpt2.tiktoken.LICENSE``), and
 """
 
 import base64
-import codecs
 import functools
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,18 +49,3 @@ def decode(ids: Iterable[int]) -> str:
 def token_bytes(token: int) -> bytes:
     """The bytes of one token: often a word with its space, sometimes a part of one character."""
     return get_encoding().decode_single_token_bytes(token)
-
-
-class StreamDecoder:
-    """Tokens in, text out, one at a time. Bytes of an unfinished character wait for the rest."""
-
-    def __init__(self):
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def feed(self, token: int) -> str:
-        """The characters that this token completes, perhaps none."""
-        return self._decoder.decode(token_bytes(token))
-
-    def flush(self) -> str:
-        """What is left at the end: nothing, or U+FFFD for a character that was never completed."""
-        return self._decoder.decode(b"", final=True)

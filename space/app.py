@@ -223,9 +223,9 @@ def endpoints(server: ModelServer | None, problem: str) -> None:
 
         A number outside its range (see the sliders of the page) counts as the nearest one inside.
 
-        Keys: text, seed, done, tokens, tokens_per_second, first_token_seconds, acceptance_rate (of drafted
-        tokens), quoted (a share), and quotations: start and end in the text, speaker and line where that
-        stands in what the model learnt.
+        Keys: text, seed, done, tokens, tokens_per_second, acceptance_rate (of drafted tokens), quoted (a
+        share), and quotations: of each, start and end in the text, how many words, and the speaker and line
+        where it stands in what the model learnt.
         """
         parameters = prompt, length, temperature, top_k, top_p, seed
         yield from stream(lambda: server.answer(*parameters), lambda a: render.describe_answer(server, a))

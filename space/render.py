@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from model_server import TITLES, Answer, ModelServer, Recitation, cpu_cores
 
-from shakespeare_gpt.publish.quotations import quoted_share
-from shakespeare_gpt.publish.render import escape, quoted_html, speech_html
+from shakespeare_gpt.publish.quotations import quoted_html, quoted_share, speech_html
 from shakespeare_gpt.sample import GenerationStats
 from shakespeare_gpt.tokenizer import decode
 
@@ -114,11 +114,10 @@ def describe_answer(server: ModelServer, answer: Answer) -> dict[str, Any]:
         "done": answer.done,
         "tokens": stats.tokens,
         "tokens_per_second": round(stats.tokens_per_second, 1),
-        "first_token_seconds": stats.first_token_seconds and round(stats.first_token_seconds, 3),
         "acceptance_rate": round(stats.acceptance_rate, 3),
         "quoted": round(quoted_share(server.quotations, answer.text), 3),
         "quotations": [
-            {"start": q.start, "end": q.end, "speaker": q.speaker, "line": q.line}
+            {"start": q.start, "end": q.end, "speaker": q.speaker, "line": q.line, "words": q.words}
             for q in server.quotations.find(answer.text)
         ],
     }

@@ -5,8 +5,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-# A reader's settings must not decide what is tested. Read before anything imports the package.
-TINY_SHAKESPEARE = os.environ.get("SHAKESPEARE_GPT_TINYSHAKESPEARE", "")
+# A reader's settings must not decide what is tested. Removed before anything imports the package.
 for name in [name for name in os.environ if name.startswith("SHAKESPEARE_GPT_")]:
     del os.environ[name]
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may wait for a hub
@@ -21,7 +20,7 @@ from hypothesis import settings  # noqa: E402
 from shakespeare_gpt.data import Text, load_text  # noqa: E402
 from shakespeare_gpt.memorization import score  # noqa: E402
 from shakespeare_gpt.model import GPT, GPTConfig  # noqa: E402
-from shakespeare_gpt.runs.checkpoint import save_checkpoint  # noqa: E402
+from shakespeare_gpt.runs.weights import save_checkpoint  # noqa: E402
 
 # The same examples in every run: a red test stays red until it is mended. No deadlines: machines are busy.
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
@@ -30,6 +29,7 @@ settings.load_profile("suite")
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+CACHED = Path(torch.hub.get_dir()) / "shakespeare_gpt" / "tinyshakespeare.txt"
 
 
 @pytest.fixture(autouse=True)
@@ -40,12 +40,11 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_shakespeare_path() -> Path:
-    """The copy that SHAKESPEARE_GPT_TINYSHAKESPEARE names or that lies beside the checkout; else skip."""
-    named = Path(TINY_SHAKESPEARE) if TINY_SHAKESPEARE and "://" not in TINY_SHAKESPEARE else None
-    for path in filter(None, (named, REPOSITORY.parent / "shared" / "tinyshakespeare.txt")):
+    """The reader's own copy, in the cache or beside the checkout; else skip."""
+    for path in (CACHED, REPOSITORY.parent / "shared" / "tinyshakespeare.txt"):
         if path.is_file():
             return path
-    pytest.skip("no copy of Tiny Shakespeare here: name one in SHAKESPEARE_GPT_TINYSHAKESPEARE")
+    pytest.skip("no copy of Tiny Shakespeare here")
 
 
 # What git ignores, and git itself: a copy of the rest is what somebody else gets.

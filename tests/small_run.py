@@ -49,18 +49,17 @@ def run(config=RECIPE, ids=IDS, *, stop_after=None, model=None, checkpoint=None,
 
 
 def play_process(monkeypatch, rank: int, world: int, others=None) -> None:
-    """This process becomes one of several; what the others would add to a sum is left out.
+    """This process becomes one of several.
 
-    ``others`` turns what this one gives into what all of them give.
+    ``others`` turns what this one gives into what all of them give; without it the others give 0.
     """
 
     def gather(values, value):
-        values[:] = others(value)
+        values[:] = others(value) if others else [value, *[0.0] * (world - 1)]
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: rank)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
-    monkeypatch.setattr(dist, "all_reduce", lambda value: None)
     monkeypatch.setattr(dist, "all_gather_object", gather)
     wrapped = "shakespeare_gpt.speed.processes.DistributedDataParallel"
     monkeypatch.setattr(wrapped, lambda model, device_ids: model)

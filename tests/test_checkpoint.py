@@ -16,15 +16,18 @@ from small_run import one_line
 
 from shakespeare_gpt.data import PACKAGE
 from shakespeare_gpt.model import GPT, GPTConfig
-from shakespeare_gpt.runs.checkpoint import (
+from shakespeare_gpt.runs.weights import (
     FORMAT,
     CheckpointError,
+    from_openai,
     load_checkpoint,
+    load_model,
     newest_checkpoint,
     replacing,
     save_checkpoint,
+    save_safetensors,
+    to_openai,
 )
-from shakespeare_gpt.runs.weights import from_openai, load_model, save_safetensors, to_openai
 
 TINY = GPTConfig(vocab_size=101, n_positions=16, window=9, n_embd=24, n_layer=2, n_head=3)
 META = {"preset": "tiny", "steps": 12, "loss": 0.0987, "text_name": "Märchen", "first": None}
@@ -296,15 +299,15 @@ def test_what_is_no_checkpoint(tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (lambda s: s["config"].update(n_layer=3), "holds no GPT"),
-        (lambda s: s["config"].update(n_embd=25), "holds no GPT"),
-        (lambda s: s["config"].update(dropout=0.1), "holds no GPT"),
-        (lambda s: s["config"].update(window=17), "holds no GPT"),
-        (lambda s: s["config"].update(window=None), "holds no GPT"),
-        (lambda s: s["model"].pop("ln_f.bias"), "holds no GPT"),
-        (lambda s: s.pop("config"), "holds no GPT"),
+        (lambda s: s["config"].update(n_layer=3), "is no readable GPT"),
+        (lambda s: s["config"].update(n_embd=25), "is no readable GPT"),
+        (lambda s: s["config"].update(dropout=0.1), "is no readable GPT"),
+        (lambda s: s["config"].update(window=17), "is no readable GPT"),
+        (lambda s: s["config"].update(window=None), "is no readable GPT"),
+        (lambda s: s["model"].pop("ln_f.bias"), "is no readable GPT"),
+        (lambda s: s.pop("config"), "is no readable GPT"),
         (lambda s: s.pop("meta"), "metadata is no table"),
-        (lambda s: s["model"].update({"wte.weight": 3}), "holds no GPT"),
+        (lambda s: s["model"].update({"wte.weight": 3}), "is no readable GPT"),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, change, word):
@@ -368,7 +371,7 @@ def test_a_header_is_held_against_the_tensors_before_anything_is_built(tmp_path,
         raise AssertionError("a model was built")
 
     monkeypatch.setattr(GPT, "__init__", build)
-    with pytest.raises(CheckpointError, match="holds no GPT") as error:
+    with pytest.raises(CheckpointError, match="is no readable GPT") as error:
         load_model(path)
     one_line(error)
 
@@ -380,7 +383,7 @@ def test_sizes_that_no_machine_holds_are_refused(tmp_path, sizes):
     """A header that asks for terabytes must end in one line, not in the end of the process."""
     path = tmp_path / "model.safetensors"
     save_file(to_openai(tiny_model().state_dict()), path, header({**asdict(TINY), **sizes}))
-    with pytest.raises(CheckpointError, match="holds no GPT") as error:
+    with pytest.raises(CheckpointError, match="is no readable GPT") as error:
         load_model(path)
     one_line(error)
 

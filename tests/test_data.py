@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import re
+import shutil
 import socket
 import threading
 import time
@@ -361,7 +362,7 @@ def test_failed_download_leaves_nothing(server, cache, kind):
     with pytest.raises(TextError) as error:
         tiny_shakespeare()
     message = one_line(error)
-    assert expected in message and data.SOURCE_VARIABLE in message
+    assert expected in message and data.TINY_SHAKESPEARE_URL in message
     assert files_in(cache) == []
 
 
@@ -382,7 +383,7 @@ def test_refused_connection(cache, monkeypatch):
 def test_nonsense_address(cache, monkeypatch, url):
     """A mistyped address raises half a dozen kinds of error inside the library."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv(data.SOURCE_VARIABLE, url)
+    monkeypatch.setattr(data, "TINY_SHAKESPEARE_URL", url)
     with pytest.raises(TextError) as error:
         tiny_shakespeare()
     one_line(error)
@@ -413,33 +414,15 @@ def test_a_server_that_falls_silent_is_given_up(server, cache, monkeypatch):
     assert socket.getdefaulttimeout() == before and files_in(cache) == []
 
 
-def test_variable_names_another_address(server, cache, monkeypatch):
-    """Machines behind a wall have a mirror of their own."""
-    monkeypatch.setattr(data, "TINY_SHAKESPEARE_URL", "http://127.0.0.1:9/unused")
-    monkeypatch.setenv(data.SOURCE_VARIABLE, server.url)
-    assert tiny_shakespeare().read_bytes() == GOOD
-
-
-def test_variable_names_a_file(server, cache, monkeypatch, tmp_path):
-    """A file that is already here needs no network and no copy."""
-    path = tmp_path / "mine.txt"
-    path.write_bytes(GOOD)
-    monkeypatch.setenv(data.SOURCE_VARIABLE, str(path))
-    assert tiny_shakespeare() == path
-    assert server.asked == 0 and files_in(cache) == []
-
-
-@pytest.mark.parametrize("content", [None, b"another text"])
-def test_variable_names_a_wrong_file(server, monkeypatch, tmp_path, content):
-    """To learn another text under Tiny Shakespeare's name would make every number a lie."""
-    path = tmp_path / "mine.txt"
-    if content is not None:
-        path.write_bytes(content)
-    monkeypatch.setenv(data.SOURCE_VARIABLE, str(path))
+def test_a_file_saved_by_hand_is_taken(server, cache):
+    """A machine behind a wall: the message says where to save the text, and there it must be found."""
+    server.status = 404
     with pytest.raises(TextError) as error:
         tiny_shakespeare()
-    assert data.SOURCE_VARIABLE in one_line(error) and str(path) in str(error.value)
-    assert server.asked == 0
+    path = Path(re.search(r" as (\S+tinyshakespeare\.txt) yourself", one_line(error))[1])
+    path.write_bytes(GOOD)
+    server.asked = 0
+    assert tiny_shakespeare() == path and server.asked == 0
 
 
 @pytest.mark.parametrize("where", ["", "below"])
@@ -453,9 +436,11 @@ def test_cache_that_cannot_be_written(server, monkeypatch, tmp_path, where):
     assert server.asked == 0
 
 
-def test_the_copy_at_hand_is_the_known_text(tiny_shakespeare_path, monkeypatch):
+def test_the_copy_at_hand_is_the_known_text(tiny_shakespeare_path, cache):
     """The fingerprint in the code must be that of the text everybody means."""
-    monkeypatch.setenv(data.SOURCE_VARIABLE, str(tiny_shakespeare_path))
+    path = cache / "tinyshakespeare.txt"
+    path.parent.mkdir(parents=True)
+    shutil.copyfile(tiny_shakespeare_path, path)
     text = load_text("tinyshakespeare")
     assert len(text.text) == 1_115_394 and len(text.ids) == 338_025
     assert text.sha256 == data.TINY_SHAKESPEARE_SHA256
@@ -479,10 +464,6 @@ def test_only_a_notebook_falls_back_and_says_so(server, monkeypatch, tmp_path, c
     assert notebook.load_text(preset).name == "input"
     said = capsys.readouterr().out
     assert "could not be downloaded" in said and "Using input.txt" in said
-    monkeypatch.setenv(data.SOURCE_VARIABLE, server.url)
-    with pytest.raises(TextError, match="could not be downloaded"):
-        notebook.load_text(preset)
-    monkeypatch.delenv(data.SOURCE_VARIABLE)
     monkeypatch.setenv(TEXT_VARIABLE, str(tmp_path / "missing.txt"))
     with pytest.raises(TextError, match=r"missing\.txt"):
         notebook.load_text(preset)

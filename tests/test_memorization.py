@@ -116,9 +116,8 @@ def test_recall_beyond_the_context(tiny):
     assert recall.starts == [5, 40]
 
 
-@pytest.mark.parametrize("asked, positions", [(24, 24), (60, 32)])
-def test_recall_takes_no_more_memory_than_it_asks_for(monkeypatch, asked, positions):
-    """200 places of 82 tokens took a cache for the whole context: 3.8 GB for the 124M model."""
+def test_recall_takes_little_memory(monkeypatch):
+    """200 places at a time took a cache of 3.8 GB for a 124M model that looks back 256 tokens."""
     made, original = [], KVCache.__init__
 
     def record(cache, *arguments, **options):
@@ -126,8 +125,9 @@ def test_recall_takes_no_more_memory_than_it_asks_for(monkeypatch, asked, positi
         made.append(tuple(cache.keys.shape))
 
     monkeypatch.setattr(KVCache, "__init__", record)
-    exact_recall(GPT(CONFIG), IDS, prompt_tokens=8, continuation=asked - 8, places=5)
-    assert set(made) == {(2, 5, 3, positions, 16)}
+    recall = exact_recall(GPT(CONFIG), IDS, prompt_tokens=8, continuation=16, places=150)
+    assert len(recall.matched) == sum(shape[1] for shape in made) == 150
+    assert max(shape[1] for shape in made) <= 64
 
 
 def test_places_are_drawn_by_the_seed():

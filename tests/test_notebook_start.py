@@ -12,8 +12,8 @@ from shakespeare_gpt.data import OURS
 from shakespeare_gpt.model import GPTConfig
 from shakespeare_gpt.notebook import setup, trained_model
 from shakespeare_gpt.presets import PRESETS, Preset, TrainConfig
-from shakespeare_gpt.runs.checkpoint import load_checkpoint
 from shakespeare_gpt.runs.run import start
+from shakespeare_gpt.runs.weights import load_checkpoint
 
 QUICK = Preset(
     name="quick",
@@ -35,7 +35,7 @@ def test_setup_says_what_it_runs_on(monkeypatch, capsys):
     assert Path.cwd() == REPOSITORY  # so that the checkpoints are those of the command line
     assert kept == [True]  # the kernel's process is the notebook's own
     said = capsys.readouterr().out
-    assert "torch" in said and "device: " in said and ", because " in said
+    assert "torch" in said and "precision " in said and ", because " in said
     assert f"preset smoke: {PRESETS['smoke'].about}" in said
     monkeypatch.setenv("SHAKESPEARE_GPT_TEXT", "mine.txt")
     with matplotlib.rc_context():

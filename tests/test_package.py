@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 
 from shakespeare_gpt.data import load_text
-from shakespeare_gpt.publish.space import SPACE_FILES
+from shakespeare_gpt.publish.export import SPACE_FILES
 
 # What the package says of itself, from wherever it was imported.
 REPORT = """

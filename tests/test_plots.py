@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 from small_run import IDS, changed, new_model
 
 from shakespeare_gpt.notebook import plots
-from shakespeare_gpt.runs.checkpoint import load_checkpoint, save_checkpoint
+from shakespeare_gpt.runs.weights import load_checkpoint, save_checkpoint
 from shakespeare_gpt.train import train
 from tools.learning_animation import draw, moments
 

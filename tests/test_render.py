@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from shakespeare_gpt.data import Text
-from shakespeare_gpt.publish.quotations import QuotationIndex, quoted_share
-from shakespeare_gpt.publish.render import STYLE, quoted_html, speech_html
+from shakespeare_gpt.publish.quotations import STYLE, QuotationIndex, quoted_html, quoted_share, speech_html
 
 PLAY = (
     "Ennor:\nWho keeps that lamp tonight above our grey cold bay,\nand why does nobody answer?\n\n"

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from packaging.requirements import Requirement
 
 import shakespeare_gpt
-from shakespeare_gpt.publish.space import CODE
+from shakespeare_gpt.publish.export import SPACE_FILES
 from tools.address import ADDRESS, change, files
 from tools.execute_notebooks import fingerprint
 
@@ -121,18 +121,20 @@ def lines(path: Path) -> int:
 
 
 def test_the_package_stays_small():
-    """It had 4,454 lines, which nobody reads; 3,000 are planned. Move or remove; do not raise the limits."""
+    """It had 4,454 lines, which nobody reads. Move or remove; do not raise the limits."""
     reading = {name: lines(PACKAGE / f"{name}.py") for name in READING_PATH}
     assert sum(reading.values()) <= 1_250, f"reading path: {sum(reading.values())} lines, {reading}"
     every = {name: lines(path) for name, path in MODULES.items()}
     long = {name: count for name, count in every.items() if count > 350}
     assert not long, f"files of more than 350 lines: {long}"
-    assert sum(every.values()) <= 3_143, f"the package: {sum(every.values())} lines"
+    assert sum(every.values()) <= 3_000, f"the package: {sum(every.values())} lines"
 
 
 def test_the_space_stays_small():
     """The page was one file of 1,045 lines."""
-    page = {name: lines(REPOSITORY / "space" / name) for name in CODE}
+    page = {
+        name: lines(REPOSITORY / "space" / name) for name in SPACE_FILES if name.endswith((".py", ".css"))
+    }
     assert len(page) == 5 and sum(page.values()) <= 750, f"{sum(page.values())} lines, {page}"
     code = {p.name for p in (REPOSITORY / "space").iterdir() if p.suffix in (".py", ".css", ".js", ".html")}
     assert code == set(page)

@@ -222,23 +222,18 @@ def test_a_reader_can_undo(moves):
             assert reader.length == len(ids)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 12, 32, 33, 100])
-def test_a_reader_for_few_tokens_needs_few_positions(max_tokens, monkeypatch):
-    """Guards against a cache of 256 positions of which 82 are used, and a window that moves too early."""
-    model, caches = random_model(), []
-    make = sample.KVCache
-    monkeypatch.setattr(sample, "KVCache", lambda *a, **k: caches.append(make(*a, **k)) or caches[-1])
-    rows = torch.randint(0, 61, (3, max_tokens), generator=seeded(4))
-    reader = CachedReader(model, 3, max_tokens=max_tokens)
-    assert caches[0].keys.shape[3] == caches[0].values.shape[3] == min(32, max_tokens)
+@pytest.mark.parametrize("tokens", [1, 12, 32, 33, 100])
+def test_a_reader_of_several_texts_reads_each_as_if_alone(tokens):
+    """Guards against rows that see each other, and a window that moves too early."""
+    model = random_model()
+    rows = torch.randint(0, 61, (3, tokens), generator=seeded(4))
+    reader = CachedReader(model, 3)
     with torch.inference_mode():
         for piece in rows.split(7, dim=1):
             logits = reader.read(piece)
         for row, last in zip(rows.tolist(), logits[:, -1], strict=True):
             assert torch.allclose(last, uncached(model, row), atol=1e-4)
-        with pytest.raises(ValueError, match=f"at most {max_tokens} tokens"):
-            reader.read(rows[:, :1])
-    assert reader.length == max_tokens
+    assert reader.length == tokens
 
 
 @pytest.mark.parametrize("prompt_length", [0, 1, 31, 32, 33, 200])
@@ -345,7 +340,7 @@ def test_stats_count_tokens_and_passes_and_not_the_callers_time(monkeypatch):
     for _ in generate(model, [1], max_new_tokens=6, stats=stats):
         now[0] += 1000.0
     assert (stats.tokens, stats.passes, stats.proposed, stats.accepted) == (6, 6, 0, 0)
-    assert (stats.first_token_seconds, stats.seconds) == (2.0, 12.0)
+    assert stats.seconds == 12.0
     assert stats.tokens_per_second == 0.5
     list(generate(model, [1], max_new_tokens=2, stats=stats))
     assert (stats.tokens, stats.seconds) == (8, 16.0)

@@ -33,7 +33,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from shakespeare_gpt.data import TINY_SHAKESPEARE_SHA256, Text, load_text
-from shakespeare_gpt.publish.space import CODE, stage_space
+from shakespeare_gpt.publish.export import SPACE_FILES, stage_space
 from shakespeare_gpt.tokenizer import encode
 
 SPACE = Path(__file__).resolve().parent.parent / "space"
@@ -279,7 +279,7 @@ def staged(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def modules(staged):
     """The staged modules app, model_server and render."""
-    names = [Path(name).stem for name in CODE if name.endswith(".py")]
+    names = [Path(name).stem for name in SPACE_FILES if name.endswith(".py")]
     sys.path.insert(0, str(staged))
     try:
         yield {name: importlib.import_module(name) for name in names}
@@ -648,8 +648,8 @@ def test_without_weights_the_page_says_so(app, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("pickle", "no readable safetensors file"),
-        ("cut", "no readable safetensors file"),
+        ("pickle", "is no readable GPT"),
+        ("cut", "is no readable GPT"),
         ("header", "lacks this project"),
         ("text", "not the text that these weights learnt"),
         ("no text", "text.txt cannot be read"),

@@ -16,9 +16,8 @@ from matplotlib.font_manager import findfont, get_font
 from PIL import Image
 
 from shakespeare_gpt.notebook.plots import GREEN, GREY, RED
-from shakespeare_gpt.publish.space import learnt_text
-from shakespeare_gpt.runs.checkpoint import load_checkpoint
-from shakespeare_gpt.runs.weights import load_model
+from shakespeare_gpt.publish.export import learnt_text
+from shakespeare_gpt.runs.weights import load_checkpoint, load_model
 from shakespeare_gpt.sample import generate
 from shakespeare_gpt.tokenizer import decode, encode
 

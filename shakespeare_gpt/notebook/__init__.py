@@ -1,20 +1,18 @@
 """How a notebook begins: in the right folder, with its preset, its text and a model that knows it."""
 
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shakespeare_gpt.data import PACKAGE, SOURCE_VARIABLE, Text, TextError
+from shakespeare_gpt.data import PACKAGE, Text, TextError
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.notebook import plots
 from shakespeare_gpt.presets import TEXT_VARIABLE, Preset, get_preset
-from shakespeare_gpt.publish.space import learnt_text
-from shakespeare_gpt.runs.checkpoint import load_checkpoint
+from shakespeare_gpt.publish.export import learnt_text
 from shakespeare_gpt.runs.run import start
-from shakespeare_gpt.runs.weights import load_model
+from shakespeare_gpt.runs.weights import load_checkpoint, load_model
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name, keep_freed_memory
 from shakespeare_gpt.tokenizer import VOCAB_SIZE
 
@@ -34,8 +32,8 @@ def setup() -> Preset:
     preset, device = get_preset(), default_device()
     precision, reason = best_precision(device)
     given = os.environ.get(TEXT_VARIABLE)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}")
-    print(f"device: {device_name(device)}; {precision}, because {reason}")
+    print(f"torch {torch.__version__}, {device_name(device)}")
+    print(f"precision {precision}, because {reason}")
     print(f"preset {preset.name}: {f'on {given}' if given else preset.about}")
     return preset
 
@@ -45,8 +43,7 @@ def load_text(preset: Preset) -> Text:
     try:
         return preset.load_text()
     except TextError as error:
-        named = os.environ.get(TEXT_VARIABLE) or os.environ.get(SOURCE_VARIABLE)
-        if preset.text != "tinyshakespeare" or named:
+        if preset.text != "tinyshakespeare" or os.environ.get(TEXT_VARIABLE):
             raise
         print(f"{error}\nUsing input.txt, the play in this repository, instead.")
         return preset.load_text("input")

@@ -13,8 +13,7 @@ import ipywidgets as w
 
 from shakespeare_gpt.data import Text
 from shakespeare_gpt.model import GPT
-from shakespeare_gpt.publish.quotations import QuotationIndex, quoted_share
-from shakespeare_gpt.publish.render import STYLE, quoted_html
+from shakespeare_gpt.publish.quotations import STYLE, QuotationIndex, quoted_html, quoted_share
 from shakespeare_gpt.sample import GenerationStats, stream_text
 from shakespeare_gpt.speed.ngram_draft import NgramDraft
 

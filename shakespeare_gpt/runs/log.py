@@ -1,36 +1,27 @@
 """The log of a run: a head that says what ran, then every tenth step, as a file that a reader can trace."""
 
-import os
-import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from shakespeare_gpt.data import PACKAGE, Text
+from shakespeare_gpt.data import PACKAGE
 from shakespeare_gpt.memorization import report
-from shakespeare_gpt.presets import TrainConfig
-from shakespeare_gpt.runs.checkpoint import named
-from shakespeare_gpt.speed.devices import device_name
 from shakespeare_gpt.train import Step, TrainingError
 
 
 def logged(
-    steps: Iterator[Step], path: str | os.PathLike, head: dict[str, Any], checkpoint: Path, ids: Tensor
+    steps: Iterator[Step], path: Path, head: dict[str, Any], checkpoint: Path, ids: Tensor
 ) -> Iterator[Step]:
     """Pass the steps on and write them to the log ``path``, as ``step | loss | best | lr | tokens/s``.
 
     A resumed run writes on where the log stopped; one that starts over keeps the earlier log as ``.old.log``.
-    A run that cannot go on says why in its last line. Raises CheckpointError for a name that does not end in
-    .log.
+    A run that cannot go on says why in its last line.
     """
-    path = named(path, ".log")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened before the first step: a log that cannot be written must not cost a step or a checkpoint.
     with closing(steps), open(path, "a", encoding="utf-8", buffering=1) as file:
@@ -70,29 +61,6 @@ def _write(file, step: Step, checkpoint: Path, ids: Tensor) -> None:
 def end_line(step: Step) -> str:
     """What the last step of a run reached."""
     return f"Target loss {step.target:g} reached at step {step.step}"
-
-
-def progress_line(step: Step) -> str:
-    """A step as one line for a person: how far, how fast, how long still."""
-    minutes, seconds = divmod(round(step.seconds_left), 60)
-    text = f" | text {step.history.text[-1][1]:.4f}" if step.history.text else ""
-    return (
-        f"step {step.step} | loss {step.loss:.4f} | best {step.best:.4f}{text} | "
-        f"{step.tokens_per_second:,.0f} tokens/s | {100 * step.progress:.0f}% of the way | "
-        f"about {minutes}:{seconds:02d} left"
-    )
-
-
-def log_head(preset: str, text: Text, config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """What a reader needs to trace a log: the code, the text, the settings, the machine."""
-    return {
-        "preset": preset,
-        "text": f"{text.name}, SHA-256 {text.sha256}",
-        "commit": commit(),
-        "settings": " ".join(f"{k}={v}" for k, v in asdict(config).items()),
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
-        "device": device_name(device),
-    }
 
 
 def commit() -> str:

@@ -1,6 +1,7 @@
 """A run that outlives interruptions: it stops between two steps, is saved, and resumed exactly."""
 
 import os
+import platform
 import signal
 import threading
 import time
@@ -17,8 +18,8 @@ from torch import Tensor
 from shakespeare_gpt.data import Text
 from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import Preset, TrainConfig
-from shakespeare_gpt.runs.checkpoint import CheckpointError, load_checkpoint, named, save_checkpoint
-from shakespeare_gpt.runs.log import log_head, logged
+from shakespeare_gpt.runs.log import commit, logged
+from shakespeare_gpt.runs.weights import CheckpointError, load_checkpoint, named, save_checkpoint
 from shakespeare_gpt.speed.devices import best_precision, default_device, device_name
 from shakespeare_gpt.speed.processes import gather, rank
 from shakespeare_gpt.train import History, Step, TargetNotReached, TrainingError, TrainState, new_state, train
@@ -31,14 +32,13 @@ def start(
     *,
     config: TrainConfig | None = None,
     checkpoint: str | os.PathLike | None = None,
-    log: str | os.PathLike | None = None,
     device: Any = None,
     restart: bool = False,
 ) -> Iterator[Step]:
     """A preset's run on a text, as a generator of its steps: saved in the usual place, the log beside it.
 
     Goes on from the run's checkpoint where there is one, unless ``restart``. ``model``, random weights
-    otherwise, is trained in place; ``config``, ``checkpoint`` and ``log`` replace the preset's.
+    otherwise, is trained in place; ``config`` and ``checkpoint`` replace the preset's.
     """
     config, device = config or preset.train, default_device(device)
     model = model or GPT(preset.model, torch.Generator().manual_seed(config.seed))
@@ -47,8 +47,15 @@ def start(
     steps = resumable(model, text.ids, config, path, meta=meta, device=device, restart=restart)
     if rank() != 0:
         return steps
-    head = log_head(preset.name, text, config, device)
-    return logged(steps, Path(log or path.with_suffix(".log")), head, path, text.ids)
+    head = {  # with this a reader can trace the log
+        "preset": preset.name,
+        "text": f"{text.name}, SHA-256 {text.sha256}",
+        "commit": commit(),
+        "settings": " ".join(f"{k}={v}" for k, v in asdict(config).items()),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}",
+        "device": device_name(device),
+    }
+    return logged(steps, path.with_suffix(".log"), head, path, text.ids)
 
 
 def run_to_end(steps: Iterator[Step], show: Callable[[Step], None]) -> Step:
@@ -186,7 +193,7 @@ def _load_run(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
     theirs = saved.get("fingerprint", {})
     differs = [f"{k} {theirs.get(k)}, not {v}" for k, v in identity.items() if theirs.get(k) != v]
     if differs:
-        known = "fingerprint" in saved
-        reason = f"belongs to a run with {'; '.join(differs)}" if known else "holds no run to go on with"
-        raise CheckpointError(f"{path} {reason}: restart, or save elsewhere.")
+        raise CheckpointError(
+            f"{path} is of a run with {'; '.join(differs[:4])}: restart, or save elsewhere."
+        )
     return saved

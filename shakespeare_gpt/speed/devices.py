@@ -104,6 +104,5 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc: it goes without
         return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_TRIM_THRESHOLD, -1)
-    mallopt(M_MMAP_MAX, 0)
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+    mallopt(-4, 0)  # M_MMAP_MAX: none

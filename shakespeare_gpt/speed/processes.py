@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -27,14 +27,6 @@ def averaged(model: nn.Module) -> nn.Module:
         return model
     device = next(model.parameters()).device
     return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
-
-
-def total(value: Tensor) -> Tensor:
-    """The sum of what each process gives here."""
-    value = value.clone()
-    if world_size() > 1:
-        dist.all_reduce(value)
-    return value
 
 
 def gather(value: Any) -> list[Any]:

@@ -50,18 +50,13 @@ def _kind_for(device: torch.device) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def for_sampling(model: GPT, kind: str = "auto") -> tuple[GPT, str]:
+def for_sampling(model: GPT, kind: str | None = None) -> tuple[GPT, str]:
     """A copy of the model to sample from, and a sentence that says which weights it has and why.
 
-    ``kind``: "fp32" (shares the model's weights), "bf16", "fp16", or "auto", which depends on the device
-    alone. Raises ValueError for a kind that does not exist or that this machine lacks.
+    ``kind``: "fp32" (shares the model's weights), "bf16" or "fp16"; without it what suits the device. Raises
+    RuntimeError or AttributeError where this PyTorch lacks the kernel for fp16.
     """
-    if kind not in ("auto", *DTYPES):
-        raise ValueError(f"no such weights: {kind!r}; choose from auto, {', '.join(DTYPES)}")
-    best, reason = _kind_for(model.device)
-    kind, reason = (best, reason) if kind == "auto" else (kind, "as asked")
-    if kind != "fp16" or model.device.type != "cpu":
-        return _cast(model, DTYPES[kind]), f"Weights in {kind}: {reason}."
-    if best != "fp16":
-        raise ValueError("fp16 weights need a kernel that this PyTorch lacks for this CPU")
-    return _packed(model), f"Weights in {kind}: {reason}."
+    kind, reason = (kind, "as asked") if kind else _kind_for(model.device)
+    if kind == "fp16" and model.device.type == "cpu":
+        return _packed(model), f"Weights in fp16: {reason}."
+    return _cast(model, DTYPES[kind]), f"Weights in {kind}: {reason}."

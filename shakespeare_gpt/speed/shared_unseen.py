@@ -14,11 +14,6 @@ from shakespeare_gpt.model import GPT
 from shakespeare_gpt.speed.fused_loss import linear_cross_entropy
 
 
-def share_unseen(model: GPT, ids: Tensor) -> GPT:
-    """What to train so that ``model`` learns the text ids (n,): itself where the text lacks no token."""
-    return ReducedGPT(model, ids) if len(ids.unique()) < model.config.vocab_size else model
-
-
 class ReducedGPT(GPT):
     """``model`` with an embedding for each kind of token in ``ids`` and one for all others, to be trained.
 

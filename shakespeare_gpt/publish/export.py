@@ -1,7 +1,8 @@
-"""A Hugging Face Space in a folder: the page, this package, the weights, and the text that they learnt."""
+"""What is published: a complete Hugging Face Space, or a folder that ``transformers`` opens."""
 
 import shutil
 from collections.abc import Collection
+from dataclasses import asdict
 from os import PathLike, environ
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,14 @@ import torch
 
 from shakespeare_gpt import ShakespeareGPTError
 from shakespeare_gpt.data import OURS, PACKAGE, SHIPPED, Text, load_text
+from shakespeare_gpt.model import GPT
 from shakespeare_gpt.presets import TEXT_VARIABLE
 from shakespeare_gpt.runs.weights import load_model, save_safetensors
-from shakespeare_gpt.tokenizer import VOCAB_SIZE
+from shakespeare_gpt.tokenizer import VOCAB_FILE, VOCAB_SIZE, WORD_PATTERN
 
 CODE = ("app.py", "model_server.py", "render.py", "theme.py", "style.css")
 SPACE_FILES = (*CODE, "README.md", "requirements.txt")
-
-
-class ExportError(ShakespeareGPTError):
-    """An export that cannot be made."""
+END_TOKEN = "<|endoftext|>"
 
 
 def list_folder(folder: str | PathLike) -> dict[str, int]:
@@ -32,40 +31,33 @@ def list_folder(folder: str | PathLike) -> dict[str, int]:
     return files
 
 
-def size_text(size: int) -> str:
-    """A number of bytes for a reader: 835.6 kB."""
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
 def listing(files: dict[str, int]) -> str:
     """A table of what ``list_folder`` found, with the sum in its last line."""
     rows = {**files, f"{len(files)} files": sum(files.values())}
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {size_text(size):>9}" for name, size in rows.items())
+    return "\n".join(f"{name:<{width}}  {size / 1e6:8.3f} MB" for name, size in rows.items())
 
 
 def refuse_foreign_files(folder: str | PathLike, ours: Collection[str]) -> None:
-    """Raise ExportError if ``folder`` holds a file that we would not write: no work is mixed up with ours."""
+    """Refuse a ``folder`` that holds a file that we would not write: no work is mixed up with ours."""
     if foreign := [name for name in list_folder(folder) if name not in ours]:
-        raise ExportError(f"{folder} holds other files ({foreign[0]}): name an empty folder.")
+        raise ShakespeareGPTError(f"{folder} holds other files ({foreign[0]}): name or make an empty folder.")
 
 
 def learnt_text(meta: dict[str, Any], source: Text | str | PathLike | None = None) -> Text:
     """The text that weights with this ``meta`` learnt: ``source``, or a text of this project that they name.
 
     A file of weights does not choose what of this machine is read and published, so any other text must be
-    named. Raises ExportError if it is not, or not the right one, and TextError if it cannot be read.
+    named. Raises ShakespeareGPTError if it is not, or not the right one.
     """
-    name, sha256 = str(meta.get("text_name", "input")), meta.get("text_sha256")
-    remedy = f"it is called {name!r}; name its file, or set {TEXT_VARIABLE} to it."
-    if name in OURS:
-        remedy = f"it is {name!r}, which comes with this project: name no text, and unset {TEXT_VARIABLE}."
+    name, remedy = str(meta.get("text_name", "input")), f"name its file, or set {TEXT_VARIABLE} to it"
     source = source or environ.get(TEXT_VARIABLE)
     if not source and name not in OURS:
-        raise ExportError(f"The weights learnt a text that does not come with this project: {remedy}")
+        raise ShakespeareGPTError(f"The weights learnt {name!r}, no text of this project: {remedy}.")
     text = source if isinstance(source, Text) else load_text(source or name, context=1)
-    if sha256 not in (None, text.sha256):
-        raise ExportError(f"The weights learnt another text than {text.name} (SHA-256): {remedy}")
+    if meta.get("text_sha256") not in (None, text.sha256):
+        remedy = f"name no text, and unset {TEXT_VARIABLE}" if source and name in OURS else remedy
+        raise ShakespeareGPTError(f"The weights learnt {name!r}; {text.name!r} is another text: {remedy}.")
     return text
 
 
@@ -76,7 +68,7 @@ def stage_space(
 
     checkpoint: a ``.pt`` or ``.safetensors`` file; text: see ``learnt_text``. The weights are in bf16, which
     halves the download; what was memorized survives it (notebook 6 measures that). Returns the files, as
-    ``list_folder`` does. Raises ExportError, CheckpointError and TextError.
+    ``list_folder`` does. Raises ShakespeareGPTError.
     """
     folder = Path(folder)
     sources = {name: SHIPPED / "space" / name for name in SPACE_FILES}
@@ -91,4 +83,26 @@ def stage_space(
         shutil.copyfile(path, folder / name)
     (folder / "text.txt").write_bytes(text.text.encode("utf-8"))
     save_safetensors(model, folder / "model.safetensors", meta, torch.bfloat16)
+    return list_folder(folder)
+
+
+def export_transformers(model: GPT, folder: str | PathLike, meta: dict[str, Any]) -> dict[str, int]:
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of ``transformers`` open.
+
+    The weights are in fp32, with ``meta``, so that ``load_model`` reads them too. The ids are ours, but
+    ``<|endoftext|>`` inside a text becomes the special token. Returns the files, as ``list_folder`` does.
+    """
+    try:
+        from transformers import GPT2Config, PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError:
+        raise ShakespeareGPTError("The transformers library is missing: pip install transformers") from None
+    files = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+    refuse_foreign_files(folder, files)
+    GPT2Config(architectures=["GPT2LMHeadModel"], **asdict(model.config)).save_pretrained(folder)
+    converter = TikTokenConverter(str(VOCAB_FILE), WORD_PATTERN, extra_special_tokens=[END_TOKEN])
+    settings = {"bos_token": END_TOKEN, "eos_token": END_TOKEN, "model_max_length": model.config.n_positions}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), **settings)
+    tokenizer.save_pretrained(folder)
+    save_safetensors(model, Path(folder) / "model.safetensors", meta)
     return list_folder(folder)
