@@ -241,7 +241,7 @@ def test_the_listing_adds_up(tmp_path):
     files = list_folder(tmp_path)
     assert files == {"a": 999, "sub/b": 1000}
     assert [line.split() for line in listing(files).splitlines()] == [
-        ["a", "0.001", "MB"], ["sub/b", "0.001", "MB"], ["2", "files", "0.002", "MB"],
+        ["a", "999", "bytes"], ["sub/b", "1,000", "bytes"], ["2", "files", "1,999", "bytes"],
     ]  # fmt: skip
 
 

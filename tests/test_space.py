@@ -241,7 +241,7 @@ def whole_page(driver, path: Path, width: int):
 
 def screenshots(folder: Path, out: Path):
     with program(folder) as url, browser() as driver:
-        for width, kind in ((1200, "desktop"), (390, "phone")):
+        for width, kind in ((860, "desktop"), (390, "phone")):
             for theme in ("light", "dark"):
                 set_width(driver, width, 900)
                 open_page(driver, url, theme)

@@ -35,7 +35,7 @@ def listing(files: dict[str, int]) -> str:
     """A table of what ``list_folder`` found, with the sum in its last line."""
     rows = {**files, f"{len(files)} files": sum(files.values())}
     width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {size / 1e6:8.3f} MB" for name, size in rows.items())
+    return "\n".join(f"{name:<{width}}  {size:>11,} bytes" for name, size in rows.items())
 
 
 def refuse_foreign_files(folder: str | PathLike, ours: Collection[str]) -> None:
