@@ -241,13 +241,13 @@ def whole_page(driver, path: Path, width: int):
 
 def screenshots(folder: Path, out: Path):
     with program(folder) as url, browser() as driver:
-        for width, kind in ((860, "desktop"), (390, "phone")):
+        for width, kind in ((900, "desktop"), (390, "phone")):
             for theme in ("light", "dark"):
                 set_width(driver, width, 900)
                 open_page(driver, url, theme)
                 seed = driver.find_element("css selector", "#seed input")
                 seed.send_keys("7")
-                set_number(driver, "Length", 110)
+                set_number(driver, "Length", 70)
                 time.sleep(0.5)
                 click(driver, "#generate")
                 wait_for(driver, lambda d: d.find_elements("css selector", "#figures .figures"), "an answer")
